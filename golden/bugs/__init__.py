@@ -1,0 +1,41 @@
+"""Known bugs and conventions, each a short variant of the reference: the vectors must catch them, and a failing subject is told which fits."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ...ref.op import Op
+
+FILES = ("cast", "fp8", "norm", "router")
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One known mistake, or a convention that differs. It replaces an op's forward or backward, or sets attributes."""
+
+    id: str
+    ops: tuple[str, ...]
+    what: str
+    sources: str = ""
+    fwd: Callable | None = None  # same arguments and results as the op's forward
+    bwd: Callable | None = None
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    benign: bool = False  # a convention: no failure once the subject declares it (--attr)
+    directions: tuple[str, ...] = ("forward", "backward")  # where attributes show
+
+    def variant(self, op: Op) -> Op:
+        """The op with the bug in it."""
+        if self.fwd is not None:
+            self.fwd.sig = op.sig  # type: ignore[attr-defined]
+        return replace(op, fwd=self.fwd or op.fwd, bwd=self.bwd or op.bwd)
+
+    def touches(self, direction: str) -> bool:
+        """A wrong forward of an op that has a backward of its own is judged forward; a wrong backward backward; attributes in both."""
+        return (bool(self.attrs) and direction in self.directions) or (self.fwd if direction == "forward" else self.bwd) is not None
+
+
+def bugs_of(op: Op, direction: str) -> list[Bug]:
+    """The bugs known for an op."""
+    found = (bug for name in FILES for bug in importlib.import_module(f".{name}", __package__).BUGS)
+    return [bug for bug in found if op.name in bug.ops and bug.touches(direction)]

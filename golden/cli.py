@@ -1,0 +1,247 @@
+"""The command line: ops, verify, golden generate, bench. Wrong use is one line on standard error and exit status 2."""
+
+import inspect
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..ref.op import OPS, Op, extent, op_named
+from .errors import UsageError
+from .precision import PRECISIONS
+from .vectors import DIRECTORY, Store, counted, directions
+
+
+class OneLine(click.Group):
+    """Every ValueError that names an argument is the user's to mend; everything else is a defect and keeps its traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.exceptions.Abort:
+            click.echo("leadline: interrupted", err=True)
+            sys.exit(130)
+        except click.exceptions.Exit as error:
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            click.echo(f"leadline: {' '.join(error.format_message().split())}", err=True)
+            sys.exit(2)
+        except (UsageError, ValueError) as error:
+            if not isinstance(error, UsageError) and type(error) is not ValueError:
+                raise
+            click.echo(f"leadline: {' '.join(str(error).split())}", err=True)
+            sys.exit(2)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(141)
+
+
+@click.group(cls=OneLine, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="leadline")
+def main() -> None:
+    """Holds implementations of DeepSeek's building blocks to a reference, and names the bug."""
+
+
+@main.group(invoke_without_command=True)
+@click.pass_context
+def ops(context: click.Context) -> None:
+    """Every op: forward, backward, precisions, vectors, kernels."""
+    if context.invoked_subcommand is not None:
+        return
+    from .subject import load
+
+    kernels, stored = load("kernels.cpu"), counted()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("op", "signature", "backward", "vectors", "kernels"):
+        table.add_column(name, overflow="fold")
+    for op in OPS.values():
+        have = [d for d in directions(op) if kernels.contract(op, d) is not None]
+        table.add_row(op.name, escape(op.sig), "yes" if op.bwd else "·", str(stored[op.name]), "cpu" if len(have) == len(directions(op)) else ", ".join(have) or "·")
+    console = Console()
+    console.print(table)
+    console.print(f"\nprecisions: {', '.join(PRECISIONS)} (vectors are stored for fp32 and bf16, made on demand for the others)")
+
+
+@ops.command("show")
+@click.argument("name")
+def ops_show(name: str) -> None:
+    """Index equation, source, contract, cost in FLOPs and bytes of one op."""
+    op = op_named(name)
+    console = Console(highlight=False)
+    console.print(f"[bold]{op.name}[/]   {escape(op.sig)}\n")
+    console.print(escape(inspect.getdoc(op.fwd) or ""), soft_wrap=True)
+    if op.bwd:
+        console.print(f"\n[bold]backward[/]\n{escape(inspect.getdoc(op.bwd) or '')}", soft_wrap=True)
+    console.print(f"\n[bold]source[/]    {escape(op.source)}", soft_wrap=True)
+    for direction in directions(op):
+        tensors, outputs = op.signature_of(direction)
+        console.print(f"[bold]{direction:<9}[/] {escape(_names(tensors))} -> {escape(_names(outputs))}", soft_wrap=True)
+    for attr, parameter in op.attrs.items():
+        console.print(f"[bold]attribute[/] {escape(str(parameter))}", soft_wrap=True)
+    for case in op.cases[-1:]:
+        letters = {**op.defaults, **case.attrs, **case.dims}
+        flops, moved = cost(op, letters)
+        sizes = ", ".join(f"{k}={v}" for k, v in case.dims.items())
+        console.print(f"[bold]cost[/]      {op.flops} FLOPs; at {sizes} in float32: {flops:,} FLOPs, {moved:,} bytes read and written once")
+    console.print(f"[bold]cases[/]     {', '.join(c.name for c in op.cases[:12])}{', …' if len(op.cases) > 12 else ''}", soft_wrap=True)
+
+
+def _names(tensors: tuple) -> str:
+    return "  ".join(f"{t.name}[{','.join(t.dims)}]" + (f":{t.kind}" if t.kind != "real" else "") for t in tensors)
+
+
+def cost(op: Op, letters: dict[str, Any]) -> tuple[int, int]:
+    """FLOPs of the forward, and the bytes of its inputs and outputs (4 a float, 8 an index, 1 or 2 a code)."""
+    flops = eval(op.flops, {"__builtins__": {}}, letters)  # a formula of the declaration, in its letters
+    code = 2 if op.name.endswith(("bf16", "fp16")) else 1
+    size = {"code": code, "index": 8}
+    moved = 0
+    for tensor in (*op.inputs, *op.outputs):
+        count = 1
+        for dim in tensor.dims:
+            count *= extent(dim, letters)
+        moved += count * size.get(tensor.kind, 4)
+    return flops, moved
+
+
+@main.command()
+@click.argument("subjects", nargs=-1)
+@click.option("--op", "names", multiple=True, help="One op (repeat for more); all by default.")
+@click.option("--precision", multiple=True, help=f"One of {', '.join(PRECISIONS)} (repeat for more); fp32 and bf16 by default.")
+@click.option("--direction", help="forward or backward; both by default (a bare callable: forward).")
+@click.option("--attr", "attrs", multiple=True, metavar="NAME=VALUE", help="An attribute that the subject is built with.")
+@click.option("--ties", help="lowest or any: who may win an exact tie.")
+@click.option("--framework", help="The arrays that a callable is handed: numpy, torch, jax, cupy.")
+@click.option("--profile", default="quick", show_default=True, help="quick or full.")
+@click.option("--seed", "seeds", multiple=True, type=int, help="Draw new inputs (repeat for more); 0 is the stored vectors.")
+@click.option("--timeout", default=120.0, show_default=True, help="Seconds that a case may take.")
+@click.option("--vectors", type=click.Path(path_type=Path), default=DIRECTORY, help="Another directory of vectors.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines on standard output instead of the table.")
+def verify(
+    subjects: tuple[str, ...],
+    names: tuple[str, ...],
+    precision: tuple[str, ...],
+    direction: str | None,
+    attrs: tuple[str, ...],
+    ties: Any,
+    framework: str | None,
+    profile: Any,
+    seeds: tuple[int, ...],
+    timeout: float,
+    vectors: Path,
+    as_json: bool,
+) -> None:
+    """Hold SUBJECTS (kernels.cpu by default) to the vectors.
+
+    A subject is kernels.cpu, ref, torch, transformers, ml_dtypes or gfloat; or your own: module, module:attr, file.py, file.py:attr.
+    """
+    from .report import json_lines, print_table
+    from .verify import parse_attr
+    from .verify import verify as run
+
+    chosen = [op_named(name) for name in names] or list(OPS.values())
+    options = {
+        "precision": precision or None,
+        "direction": direction,
+        "attrs": dict(parse_attr(text, chosen) for text in attrs),
+        "profile": profile,
+        "seeds": seeds or (0,),
+        "framework": framework,
+        "ties": ties,
+        "timeout": timeout,
+        "store": Store(vectors),
+    }
+    started = time.perf_counter()
+    reports = []
+    for subject in subjects or ("kernels.cpu",):
+        with Progress(subject) as progress:
+            reports.append(run(subject, names or None, isolate=True, progress=progress, **options))
+    if as_json:
+        for line in json_lines(reports):
+            click.echo(line)
+    else:
+        print_table(Console(highlight=False), reports)
+        click.echo(f"{time.perf_counter() - started:.1f} s")
+    if any(r.exit_status for r in reports):
+        sys.exit(1)
+
+
+class Progress:
+    """A progress bar on a terminal's standard error; silence elsewhere."""
+
+    def __init__(self, subject: str):
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.fields[subject]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        console = Console(stderr=True)
+        self.bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task("compiling" if subject == "kernels.cpu" else "loading", total=None, subject=escape(subject))
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.bar.update(self.task, completed=done, total=total, description=what)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+@main.group()
+def golden() -> None:
+    """The golden vectors."""
+
+
+@golden.command()
+@click.option("--check", is_flag=True, help="Write nothing; prove that the stored vectors are what the code makes.")
+@click.option("--op", "names", multiple=True, help="One op (repeat for more); all by default.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path), help="Where the vectors are; golden/vectors of a checkout by default.")
+def generate(check: bool, names: tuple[str, ...], directory: Path | None) -> None:
+    """Write every vector anew (in a source checkout), each blessed by the reference and an oracle."""
+    from . import generate as g
+
+    chosen = {op_named(name).name for name in names} or set(OPS)
+    checkout = Path.cwd() if (Path.cwd() / "golden" / "vectors").is_dir() and (Path.cwd() / "tests" / "oracles").is_dir() else None
+    if not check and checkout is None:
+        raise UsageError("vectors are generated in a source checkout (cd to it); --check works anywhere")
+    oracles = g.load_oracles(checkout) if checkout else None
+    directory = directory or (checkout / "golden" / "vectors" if checkout else DIRECTORY)
+    found, count = [], 0
+    for op, precision in g.files():
+        if op.name not in chosen:
+            continue
+        index, arrays = g.build(op, precision, oracles)
+        count += len(index["vectors"])
+        if check:
+            found += g.differences(directory, op, precision, index, arrays)
+        else:
+            g.write(directory, op, precision, index, arrays)
+    if check and not names:
+        found += [f"{path}: no op makes it" for path in sorted(directory.glob("*/*")) if path.parent.name not in OPS]
+    for line in found:
+        click.echo(line)
+    agreed = "blessed by the oracles" if oracles else "oracles not at hand, so not asked again"
+    click.echo(f"{count} vectors {'checked' if check else 'written'} ({agreed}), {len(found)} differences")
+    if found:
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--op", "names", multiple=True, help="One op (repeat for more); all that have a benchmark by default.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def bench(names: tuple[str, ...], as_json: bool) -> None:
+    """Time kernels.cpu beside its peers and the machine's limit, in one run."""
+    from . import bench as b
+
+    b.run([op_named(name) for name in names], as_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Inputs made from a name: a counter-based generator (Philox4x64-10), integer arithmetic and exact scaling, the same bits on any machine."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ..ref.cast import decode, round_to
+from ..ref.formats import BF16, FORMATS, FP64, Format
+from ..ref.op import Case, Op, Tensor
+from .precision import Precision
+
+Draw = Callable[..., np.ndarray]
+
+
+class Source:
+    """A stream of random bits that depends on its key alone. Only raw words are taken: their order is guaranteed by NumPy, that of
+    its distributions is not."""
+
+    def __init__(self, key: str):
+        digest = hashlib.sha256(key.encode()).digest()
+        self.philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8"))
+
+    def words(self, count: int) -> np.ndarray:
+        return np.asarray(self.philox.random_raw(count), dtype=np.uint64)
+
+    def uniform(self, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> np.ndarray:
+        unit = (self.words(int(np.prod(shape))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return (low + (high - low) * unit).reshape(shape)
+
+    def integers(self, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
+        """low to high - 1"""
+        return low + (self.words(int(np.prod(shape))) % np.uint64(high - low)).astype(np.int64).reshape(shape)
+
+    def normal(self, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
+        """Twelve 16-bit uniforms, summed and centred: variance 1, no logarithm that could differ between machines, within ±6."""
+        count = int(np.prod(shape))
+        parts = self.words(3 * count).view(np.uint16).reshape(count, 12).astype(np.int64)
+        total = parts.sum(axis=1) - 6 * 65535
+        return (total.astype(np.float64) * 2.0**-16).reshape(shape) * scale
+
+
+def ulp(fmt: Format, x: np.ndarray) -> np.ndarray:
+    """The unit in the last place of |x| in the format, its smallest for zero."""
+    _, e = np.frexp(np.where(np.isfinite(x), x, 1.0))
+    return np.ldexp(1.0, np.maximum(e - 1, fmt.emin) - fmt.mantissa_bits)
+
+
+def boundary(source: Source, shape: tuple[int, ...], fmt: Format, io: Format) -> np.ndarray:
+    """Every value and midpoint of a narrow format (a sample of them for 16 bits), each with its neighbours in the input's format, both
+    signs, and the special values; the rest is drawn wide."""
+    (n,) = shape
+    codes = np.arange(fmt.max_code + 1)
+    if len(codes) > 127:
+        codes = np.unique(np.r_[codes[:24], codes[-24:], source.integers((96,), 0, len(codes) - 1)])
+    values = decode(fmt, codes.astype(fmt.code_dtype)).astype(np.float64)
+    following = decode(fmt, np.minimum(codes + 1, fmt.max_code).astype(fmt.code_dtype)).astype(np.float64)
+    middles = (values + following) / 2
+    middles[-1] = values[-1] + float(ulp(fmt, values[-1:])[0]) / 2  # where overflow begins
+    points = np.concatenate([values, middles])
+    points = np.concatenate([points, points + ulp(io, points), points - ulp(io, points)])
+    tiny, top = 2.0 ** (io.emin - io.mantissa_bits), min(io.max, 2.0**127)
+    specials = np.array([0.0, np.inf, np.nan, tiny, 3 * tiny, top, top / 3, fmt.max * 1.5, fmt.max * 2])
+    points = np.concatenate([specials, -specials, points, -points])[:n]
+    return np.concatenate([points, wide(source, (n - len(points),), -40, 20)])
+
+
+def wide(source: Source, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
+    """± (1 + u) 2^j, the exponent j uniform: every magnitude is as likely as the next"""
+    sign = 1.0 - 2.0 * source.integers(shape, 0, 2)
+    return sign * np.ldexp(1.0 + source.uniform(shape), source.integers(shape, low, high))
+
+
+def outliers(source: Source, shape: tuple[int, ...], scale: float, factor: float) -> np.ndarray:
+    """Normal, with one channel in 64 (one at least) larger by a factor"""
+    gain = np.where(source.uniform(shape[-1:]) < 1 / 64, factor, 1.0)
+    gain[int(source.integers((), 0, shape[-1]))] = factor
+    return source.normal(shape, scale) * gain
+
+
+def zero_rows(source: Source, shape: tuple[int, ...], scale: float) -> np.ndarray:
+    """Normal, every second row zero"""
+    x = source.normal(shape, scale)
+    x[::2] = 0.0
+    return x
+
+
+def rows_wide(source: Source, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
+    """Normal rows of very different size; the first is zero, the second far below every clamp"""
+    scale = np.ldexp(1.0, source.integers((*shape[:-1], 1), low, high))
+    scale[:2] = np.array([0.0, 2.0**-30]).reshape(2, 1)[: len(scale)]
+    return source.normal(shape) * scale
+
+
+def tile_ties(source: Source, shape: tuple[int, ...], tile: int) -> np.ndarray:
+    """Each tile's maximum is 448·2^j, so the scale is 2^j, and the other values lie on midpoints of codes"""
+    fmt = FORMATS["e4m3fn"]
+    n, d = shape
+    codes = source.integers(shape, 0, fmt.max_code)
+    value = decode(fmt, codes.astype(np.uint8)).astype(np.float64)
+    following = decode(fmt, (codes + 1).astype(np.uint8)).astype(np.float64)
+    x = (value + following) / 2 * (1.0 - 2.0 * source.integers(shape, 0, 2))
+    x[:, ::tile] = fmt.max
+    return x * np.ldexp(1.0, source.integers((n, 1), -6, 6))
+
+
+def tile_midpoints(source: Source, shape: tuple[int, ...], tile: int) -> np.ndarray:
+    """Any scale; values at midpoints of codes times the scale, as float32 has them, moved by -1, 0 or 1 unit in its last place"""
+    fmt = FORMATS["e4m3fn"]
+    n, d = shape
+    amax = (source.uniform((n, 1), 0.5, 1.0) * np.ldexp(1.0, source.integers((n, 1), -6, 6))).astype(np.float32)
+    scale = amax / np.float32(448)
+    codes = source.integers(shape, 8, fmt.max_code)
+    value, following = (decode(fmt, (codes + i).astype(np.uint8)).astype(np.float64) for i in (0, 1))
+    x = ((value + following) / 2 * scale).astype(np.float32).astype(np.float64)
+    x = (x + source.integers(shape, -1, 2) * ulp(FORMATS["fp32"], x)) * (1.0 - 2.0 * source.integers(shape, 0, 2))
+    x[:, ::tile] = amax
+    return x
+
+
+def tile_edges(source: Source, shape: tuple[int, ...], tile: int) -> np.ndarray:
+    """Each row's maximum is 448·2^j, moved by -12 to 11 units in the last place of float32"""
+    n, d = shape
+    top = 448.0 * np.ldexp(1.0, source.integers((n, 1), -8, 6))
+    steps = (np.arange(n) - n // 2).reshape(n, 1)
+    x = source.uniform(shape, -1.0, 1.0) * top * 0.99
+    x[:, ::tile] = top * (1.0 + steps * 2.0**-23)
+    return x
+
+
+DRAWS: dict[str, Draw] = {
+    "normal": Source.normal,
+    "uniform": Source.uniform,
+    "const": lambda source, shape, value: np.full(shape, value),
+    "steps": lambda source, shape, count, step: source.integers(shape, -count, count + 1) * step,
+    "wide": wide,
+    "outliers": outliers,
+    "zero_rows": zero_rows,
+    "rows_wide": rows_wide,
+    "tile_ties": tile_ties,
+    "tile_midpoints": tile_midpoints,
+    "tile_edges": tile_edges,
+}
+
+
+def draw(op: Op, tensor: Tensor, spec: tuple, shape: tuple[int, ...], source: Source, precision: Precision) -> np.ndarray:
+    """One array in the precision's format, on its carrier."""
+    kind, *parameters = spec
+    fmt = FORMATS.get(op.name.rsplit(".", 1)[-1], FORMATS["e4m3fn"])
+    if kind == "codes":
+        return (np.arange(int(np.prod(shape))) % 2**fmt.bits).astype(fmt.code_dtype).reshape(shape)
+    if kind == "every_bf16":
+        values = decode(BF16, np.arange(shape[0]).astype(np.uint16)).astype(np.float64)
+    elif kind == "boundary":
+        values = boundary(source, shape, fmt, precision.io)
+    else:
+        values = DRAWS[kind](source, shape, *parameters)
+    target = precision.format_of(tensor)
+    rounded = round_to(target, np.asarray(values, dtype=np.float64), overflow="nan")
+    return rounded.astype("float64" if target is FP64 else "float32")
+
+
+def draw_case(op: Op, case: Case, direction: str, precision: Precision, seed: int = 0) -> dict[str, np.ndarray]:
+    """The inputs of a case by name. A decision that the backward needs (chosen experts) is the reference's own, in float64."""
+    letters: Mapping[str, int] = {**op.defaults, **case.attrs, **case.dims}
+    tensors, _ = op.signature_of(direction)
+    arrays: dict[str, np.ndarray] = {}
+    for tensor in tensors:
+        if tensor.name in case.draw:
+            source = Source(f"leadline/1 {op.name} {case.name} {tensor.name} {precision.io.name} {seed}")
+            arrays[tensor.name] = draw(op, tensor, case.draw[tensor.name], tensor.shape(letters), source, precision)
+    if op.choice and direction == "backward":
+        exact = {t.name: arrays[t.name].astype(np.float64) for t in op.inputs}
+        arrays[op.choice[0]] = op.run("forward", exact, case.attrs)[op.choice[0]]
+    return arrays

@@ -1,0 +1,111 @@
+"""Monte-Carlo arithmetic: arrays whose every operation rounds at random to a claimed precision.
+
+Run the reference's own text on them a few times and the outputs scatter as those of correct implementations do, whatever their order of
+operations. Values are carried in float64. The noise of an operation, in units of the last place of the precision's working format:
+
+    + - ×                  rounded to one of the two neighbours, the nearer more often (no noise where the result is representable)
+    ÷ √                    the same after ± 1/2 unit more (fast division, approximate reciprocals)
+    exp log and the like   the same after ± 2 units more (approximate hardware functions)
+    Σ and matrix products  a float32 accumulation of n terms in unknown order. Adding one by one in a random order, the partial sums S_j
+                           have Σ_j E[S_j²] = (n+1)(Q/6 + S²/3), with S the sum and Q the sum of the squares; each addition errs by
+                           |S_j| u/√3 rms (u half a unit, relative), so the total has the deviation u √((n+1)(Q/6 + S²/3) / 3)
+    max, sort, |x|, -x     exact
+"""
+
+from typing import Any
+
+import numpy as np
+
+from ..ref.formats import FP64, Format
+from .precision import Precision
+
+ROUNDED = {np.divide: 0.5, np.true_divide: 0.5, np.sqrt: 0.5, np.reciprocal: 0.5, np.add: 0.0, np.subtract: 0.0, np.multiply: 0.0}
+EXTRA_UNITS = 2.0  # of every other function that is not exact
+EXACT = {
+    *(np.negative, np.positive, np.absolute, np.fabs, np.sign, np.copysign, np.maximum, np.minimum, np.fmax, np.fmin),
+    *(np.floor, np.ceil, np.rint, np.trunc, np.ldexp, np.spacing, np.nextafter, np.clip),
+}
+
+
+class Noise:
+    """A precision and a stream of random numbers; `amplify` makes every error larger (to find decisions that rounding can turn)."""
+
+    def __init__(self, precision: Precision, seed: int, amplify: float = 1.0):
+        self.precision = precision
+        self.amplify = amplify
+        self.rng = np.random.Generator(np.random.Philox(key=seed))
+
+    def rounded(self, x: np.ndarray, extra: float = 0.0, fmt: Format | None = None) -> np.ndarray:
+        """x at one of its neighbours in the format, at random, the mean being x."""
+        fmt = fmt or self.precision.work
+        _, e = np.frexp(x)
+        exponent = np.maximum(e - 1, fmt.emin) - fmt.mantissa_bits
+        units = np.ldexp(x, -exponent)
+        if fmt is FP64:
+            extra += 1.0  # the carrier has already rounded: x lies on the grid
+        if self.amplify > 1.0:
+            extra = (extra + 0.5) * self.amplify
+        if extra:
+            units = units + self.rng.uniform(-extra, extra, np.shape(x))
+        floor = np.floor(units)
+        units = floor + (self.rng.random(np.shape(x)) < units - floor)
+        return np.where(np.isfinite(x), np.ldexp(units, exponent), x)
+
+    def accumulated(self, total: np.ndarray, squares: np.ndarray, n: int) -> np.ndarray:
+        """A sum of n terms, added up in unknown order."""
+        if n > 1:
+            half = 2.0 ** -(self.precision.accumulate.mantissa_bits + 1)
+            deviation = half * np.sqrt((n + 1) * (squares / 6 + total * total / 3) / 3) * self.amplify
+            total = total + deviation * self.rng.standard_normal(np.shape(total))
+        return self.rounded(total)
+
+
+class NoisyArray(np.ndarray):
+    """A float64 array with a Noise; every ufunc on it errs as the precision would."""
+
+    noise: Noise | None = None
+
+    def __array_finalize__(self, obj: Any) -> None:
+        self.noise = getattr(obj, "noise", None)
+
+    def __stored__(self) -> "NoisyArray":
+        noise = self.noise
+        return self if noise is None else _noisy(noise.rounded(np.asarray(self), fmt=noise.precision.io), noise)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **keywords: Any) -> Any:
+        noise = next(i.noise for i in (*inputs, *(out or ())) if isinstance(i, NoisyArray) and i.noise is not None)
+        plain = [np.asarray(i) if isinstance(i, NoisyArray) else i for i in inputs]
+        if isinstance(keywords.get("where"), NoisyArray):
+            keywords["where"] = np.asarray(keywords["where"])
+        result = getattr(ufunc, method)(*plain, **keywords)
+        if not isinstance(result, (np.ndarray, np.floating)) or result.dtype.kind != "f":
+            return result
+        if ufunc is np.matmul or ufunc is np.vecdot:
+            squares = ufunc(plain[0] * plain[0], plain[1] * plain[1], **keywords)
+            result = noise.accumulated(result, squares, plain[0].shape[-1])
+        elif ufunc is np.add and method == "reduce":
+            squares = np.add.reduce(plain[0] * plain[0], **keywords)
+            result = noise.accumulated(result, squares, plain[0].size // max(np.size(result), 1))
+        elif ufunc not in EXACT:
+            result = noise.rounded(result, ROUNDED.get(ufunc, EXTRA_UNITS))
+        if out is not None:
+            out[0][...] = result
+            return out[0]
+        return _noisy(result, noise)
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        result = super().__array_function__(func, types, args, kwargs)
+        noise = self.noise or next((a.noise for a in args if isinstance(a, NoisyArray)), None)
+        rewrap = isinstance(result, np.ndarray) and not isinstance(result, NoisyArray) and result.dtype.kind == "f"
+        return _noisy(result, noise) if rewrap and noise is not None else result
+
+
+def _noisy(x: np.ndarray, noise: Noise) -> NoisyArray:
+    y = np.asarray(x, dtype=np.float64).view(NoisyArray)
+    y.noise = noise
+    return y
+
+
+def noisy_inputs(inputs: dict[str, np.ndarray], noise: Noise) -> dict[str, np.ndarray]:
+    """The same values with noise; integers and codes stay as they are."""
+    return {name: _noisy(x.astype(np.float64), noise) if x.dtype.kind == "f" else x for name, x in inputs.items()}

@@ -1,0 +1,1 @@
+"""The reference's ops, fast: ``cpu`` is Numba."""
