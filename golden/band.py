@@ -122,7 +122,9 @@ def truth_of(op: Op, direction: str, inputs: Arrays, attrs: Mapping[str, Any]) -
         return {name: np.asarray(y) for name, y in op.run(direction, arrays, attrs).items()}
 
 
-def band_of(op: Op, direction: str, inputs: Arrays, attrs: Mapping[str, Any], precision: Precision, choice: np.ndarray | None = None) -> Band:
+def band_of(
+    op: Op, direction: str, inputs: Arrays, attrs: Mapping[str, Any], precision: Precision, choice: np.ndarray | None = None
+) -> Band:
     """Truth, σ and limits for these inputs. With a decision given, for that decision; without, for the reference's own."""
     given = {op.choice[0]: choice} if op.choice and choice is not None else {}
     truth = truth_of(op, direction, {**inputs, **given}, attrs)
@@ -132,7 +134,7 @@ def band_of(op: Op, direction: str, inputs: Arrays, attrs: Mapping[str, Any], pr
     if not names:
         return band
     if op.choice:
-        given = {op.choice[0]: inputs.get(op.choice[0], truth.get(op.choice[0]))}
+        given = {op.choice[0]: inputs[op.choice[0]] if op.choice[0] in inputs else truth[op.choice[0]]}
     runs = scatter(reference_run(op, direction, attrs), {**inputs, **given}, precision, names)
     for name in names:
         exact = truth[name]

@@ -1,8 +1,10 @@
 """The command line: ops, verify, golden generate, bench. Wrong use is one line on standard error and exit status 2."""
 
 import inspect
+import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +50,39 @@ def main() -> None:
 
 
 @main.group(invoke_without_command=True)
+@click.option("--markdown", is_flag=True, help="The table as the README has it.")
 @click.pass_context
-def ops(context: click.Context) -> None:
+def ops(context: click.Context, markdown: bool) -> None:
     """Every op: forward, backward, precisions, vectors, kernels."""
     if context.invoked_subcommand is not None:
         return
-    from .subject import load
-
-    kernels, stored = load("kernels.cpu"), counted()
+    rows = list(op_rows())
+    if markdown:
+        for cells in (OP_COLUMNS, ["---"] * len(OP_COLUMNS), *rows):
+            click.echo(f"| {' | '.join(cells)} |")
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("op", "signature", "backward", "vectors", "kernels"):
+    for name in OP_COLUMNS:
         table.add_column(name, overflow="fold")
-    for op in OPS.values():
-        have = [d for d in directions(op) if kernels.contract(op, d) is not None]
-        table.add_row(op.name, escape(op.sig), "yes" if op.bwd else "·", str(stored[op.name]), "cpu" if len(have) == len(directions(op)) else ", ".join(have) or "·")
+    for cells in rows:
+        table.add_row(*(escape(cell) for cell in cells))
     console = Console()
     console.print(table)
     console.print(f"\nprecisions: {', '.join(PRECISIONS)} (vectors are stored for fp32 and bf16, made on demand for the others)")
+
+
+OP_COLUMNS = ["op", "backward", "vectors", "kernels", "signature"]
+
+
+def op_rows() -> Iterator[list[str]]:
+    """What the op table says: name, whether it has a backward, stored vectors, which kernels there are, signature."""
+    from .subject import load
+
+    kernels, stored = load("kernels.cpu"), counted()
+    for op in OPS.values():
+        have = [d for d in directions(op) if kernels.contract(op, d) is not None]
+        where = "cpu" if len(have) == len(directions(op)) else ", ".join(f"cpu {d}" for d in have) or "·"
+        yield [op.name, "yes" if op.bwd else "·", str(stored[op.name]), where, op.sig]
 
 
 @ops.command("show")
@@ -73,7 +91,7 @@ def ops_show(name: str) -> None:
     """Index equation, source, contract, cost in FLOPs and bytes of one op."""
     op = op_named(name)
     console = Console(highlight=False)
-    console.print(f"[bold]{op.name}[/]   {escape(op.sig)}\n")
+    console.print(f"[bold]{op.name}[/]   {escape(op.sig)}\n", soft_wrap=True)
     console.print(escape(inspect.getdoc(op.fwd) or ""), soft_wrap=True)
     if op.bwd:
         console.print(f"\n[bold]backward[/]\n{escape(inspect.getdoc(op.bwd) or '')}", soft_wrap=True)
@@ -81,13 +99,12 @@ def ops_show(name: str) -> None:
     for direction in directions(op):
         tensors, outputs = op.signature_of(direction)
         console.print(f"[bold]{direction:<9}[/] {escape(_names(tensors))} -> {escape(_names(outputs))}", soft_wrap=True)
-    for attr, parameter in op.attrs.items():
+    for parameter in op.attrs.values():
         console.print(f"[bold]attribute[/] {escape(str(parameter))}", soft_wrap=True)
-    for case in op.cases[-1:]:
-        letters = {**op.defaults, **case.attrs, **case.dims}
-        flops, moved = cost(op, letters)
-        sizes = ", ".join(f"{k}={v}" for k, v in case.dims.items())
-        console.print(f"[bold]cost[/]      {op.flops} FLOPs; at {sizes} in float32: {flops:,} FLOPs, {moved:,} bytes read and written once")
+    case = max(op.cases, key=lambda c: math.prod(c.dims.values()))
+    flops, moved = cost(op, {**op.defaults, **case.attrs, **case.dims})
+    sizes = ", ".join(f"{k}={v}" for k, v in case.dims.items())
+    console.print(f"[bold]cost[/]      {op.flops} FLOPs; at {sizes} in float32 {flops:,} FLOPs and {moved:,} bytes", soft_wrap=True)
     console.print(f"[bold]cases[/]     {', '.join(c.name for c in op.cases[:12])}{', …' if len(op.cases) > 12 else ''}", soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Inputs made from a name: a counter-based generator (Philox4x64-10), integer arithmetic and exact scaling, the same bits on any machine."""
+"""Inputs made from a name: a counter-based generator (Philox4x64-10) and exact arithmetic, the same bits on any machine."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -95,7 +95,7 @@ def rows_wide(source: Source, shape: tuple[int, ...], low: int, high: int) -> np
 def tile_ties(source: Source, shape: tuple[int, ...], tile: int) -> np.ndarray:
     """Each tile's maximum is 448·2^j, so the scale is 2^j, and the other values lie on midpoints of codes"""
     fmt = FORMATS["e4m3fn"]
-    n, d = shape
+    n = shape[0]
     codes = source.integers(shape, 0, fmt.max_code)
     value = decode(fmt, codes.astype(np.uint8)).astype(np.float64)
     following = decode(fmt, (codes + 1).astype(np.uint8)).astype(np.float64)
@@ -107,7 +107,7 @@ def tile_ties(source: Source, shape: tuple[int, ...], tile: int) -> np.ndarray:
 def tile_midpoints(source: Source, shape: tuple[int, ...], tile: int) -> np.ndarray:
     """Any scale; values at midpoints of codes times the scale, as float32 has them, moved by -1, 0 or 1 unit in its last place"""
     fmt = FORMATS["e4m3fn"]
-    n, d = shape
+    n = shape[0]
     amax = (source.uniform((n, 1), 0.5, 1.0) * np.ldexp(1.0, source.integers((n, 1), -6, 6))).astype(np.float32)
     scale = amax / np.float32(448)
     codes = source.integers(shape, 8, fmt.max_code)
@@ -120,7 +120,7 @@ def tile_midpoints(source: Source, shape: tuple[int, ...], tile: int) -> np.ndar
 
 def tile_edges(source: Source, shape: tuple[int, ...], tile: int) -> np.ndarray:
     """Each row's maximum is 448·2^j, moved by -12 to 11 units in the last place of float32"""
-    n, d = shape
+    n = shape[0]
     top = 448.0 * np.ldexp(1.0, source.integers((n, 1), -8, 6))
     steps = (np.arange(n) - n // 2).reshape(n, 1)
     x = source.uniform(shape, -1.0, 1.0) * top * 0.99

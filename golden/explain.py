@@ -39,7 +39,9 @@ def explain(question: Question, returned: Mapping[str, Returned]) -> list[Explan
     if question.op.choice and not question.any_tie and question.op.outputs[0].kind == "index":
         relaxed = replace(question, any_tie=True)
         if _agrees(relaxed, returned, _band(relaxed)):
-            found.append(Explanation("ties", "Only the winners of exact ties differ; the lowest index wins.", "--ties any if yours are open"))
+            found.append(
+                Explanation("ties", "Only the winners of exact ties differ; the lowest index wins.", "--ties any if yours are open")
+            )
     bugs = bugs_of(question.op, question.direction)
     own = {**question.op.defaults, **question.attrs}
     declared = [dict(b.attrs) for b in bugs if any(own[k] != v for k, v in b.attrs.items())]

@@ -43,7 +43,8 @@ class Judgement:
 @dataclass(frozen=True)
 class Question:
     """What was asked: an op, a direction, inputs and attributes at a precision; whether any winner of an exact tie is right; and whether
-    a backward was handed the forward's decision or makes it again."""
+    a backward was handed the forward's decision or makes it again (as one that leaves ties open does: rows whose decision rounding could
+    turn are then not judged)."""
 
     op: Op
     direction: str
@@ -68,7 +69,7 @@ def judge(question: Question, returned: Mapping[str, Returned], band: Band) -> J
     judged = {t.name: np.ones(t_shape(band, t), dtype=bool) for t in tensors}
     if op.choice and question.direction == "forward":
         band = _choice(question, values, band, judgement)
-    elif op.choice and not question.handed_choice:
+    elif op.choice and (question.any_tie or not question.handed_choice):
         unstable = unstable_rows(question)
         judgement.ambiguous += int(unstable.sum())
         for mask in judged.values():
@@ -244,12 +245,13 @@ def _exact(tensor: Tensor, got: np.ndarray, truth: np.ndarray, fmt: Format | Non
     elif tensor.kind == "index":
         wrong = got != truth
     else:
-        wrong = ~_same(got.astype(np.float64), truth.astype(np.float64))
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            wrong = ~_same(got.astype(np.float64), truth.astype(np.float64))
     judgement.statistics[tensor.name] = {"differ": float(wrong.sum())}
     judgement.limits[tensor.name] = {"differ": 0.0}
     if wrong.any():
         at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        shown = [f"{v[at]:#04x}" if tensor.kind == "code" else f"{v[at]!r}" for v in (got, truth)]
+        shown = [f"{v[at]:#04x}" if tensor.kind == "code" else str(v[at]) for v in (got, truth)]
         judgement.fail(f"{tensor.name}[{_at(at)}] is {shown[0]}; expected {shown[1]} [{int(wrong.sum())} of {wrong.size} differ]")
 
 

@@ -77,14 +77,15 @@ class NoisyArray(np.ndarray):
         plain = [np.asarray(i) if isinstance(i, NoisyArray) else i for i in inputs]
         if isinstance(keywords.get("where"), NoisyArray):
             keywords["where"] = np.asarray(keywords["where"])
-        result = getattr(ufunc, method)(*plain, **keywords)
+        result: Any = getattr(ufunc, method)(*plain, **keywords)
         if not isinstance(result, (np.ndarray, np.floating)) or result.dtype.kind != "f":
             return result
+        result = np.asarray(result)
         if ufunc is np.matmul or ufunc is np.vecdot:
-            squares = ufunc(plain[0] * plain[0], plain[1] * plain[1], **keywords)
+            squares = np.asarray(ufunc(plain[0] * plain[0], plain[1] * plain[1], **keywords))
             result = noise.accumulated(result, squares, plain[0].shape[-1])
         elif ufunc is np.add and method == "reduce":
-            squares = np.add.reduce(plain[0] * plain[0], **keywords)
+            squares = np.asarray(np.add.reduce(plain[0] * plain[0], **keywords))
             result = noise.accumulated(result, squares, plain[0].size // max(np.size(result), 1))
         elif ufunc not in EXACT:
             result = noise.rounded(result, ROUNDED.get(ufunc, EXTRA_UNITS))

@@ -1,6 +1,7 @@
 """Reports: a table for people, one JSON object a line for machines."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
@@ -46,59 +47,65 @@ def _version(name: str) -> str | None:
 
 
 def print_table(console: Console, reports: list[Report]) -> None:
-    """One row for each subject, op, direction and precision; then what failed and why; then the totals."""
+    """One row for each subject, op and direction (precisions that came out alike share it); then what failed and why; then the totals."""
     table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("op", "precision"):
+        table.add_column(name, overflow="fold", min_width=9)
+    for name in ("pass", "fail", "err", "skip", "amb", "worst"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     several = len({r.subject for report in reports for r in report.results}) > 1
-    for name in (*(["subject"] if several else []), "op", "direction", "precision"):
-        table.add_column(name, overflow="fold")
-    for name in ("pass", "fail", "error", "skip", "ambiguous", "worst"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+    absent: dict[str, list[str]] = {}
     for report in reports:
-        for (subject, *rest), results in report.groups().items():
+        rows: dict[tuple[str, str, str], list[Report]] = {}
+        for (subject, op, direction, _), results in report.groups().items():
             part = Report(results)
-            counts = [str(part.count(v) or "·") for v in (PASS, FAIL, ERROR, SKIPPED)]
-            verdict = part.verdict
-            table.add_row(
-                *([escape(subject)] if several else []),
-                *rest,
-                *counts,
-                str(part.ambiguous or "·"),
-                worst(results),
-                f"[{STYLE[verdict]}]{verdict}[/]",
-            )
+            if all(r.case == "-" for r in results):
+                absent.setdefault(subject, []).append(_titled(op, direction))
+            else:
+                rows.setdefault((_titled(op, direction), part.verdict, subject), []).append(part)
+        if several and rows:
+            table.add_row(f"[bold]{escape(report.results[0].subject)}[/]")
+        for (title, verdict, _), parts in rows.items():
+            whole = Report([r for part in parts for r in part.results])
+            counts = [str(whole.count(v) or "·") for v in (PASS, FAIL, ERROR, SKIPPED)]
+            precisions = " ".join(part.results[0].precision for part in parts)
+            table.add_row(title, precisions, *counts, str(whole.ambiguous or "·"), worst(whole.results), f"[{STYLE[verdict]}]{verdict}[/]")
     console.print(table)
     for report in reports:
         for group, results in report.groups().items():
             _print_group(console, report, group, results)
+    skipped = Counter((r.subject, r.op, r.reason) for report in reports for r in report.results if r.verdict == SKIPPED and r.case != "-")
+    for (subject, op, reason), count in skipped.items():
+        console.print(f"[dim]SKIPPED {count} of {escape(subject)} {op}: {escape(reason)}[/]", soft_wrap=True)
+    for subject, ops in absent.items():
+        names = list(dict.fromkeys(ops))
+        console.print(f"[dim]SKIPPED, not in {escape(subject)}: {', '.join(names)}[/]", soft_wrap=True)
     total = Report([r for report in reports for r in report.results])
-    skipped = f", {total.count(SKIPPED)} skipped" if total.count(SKIPPED) else ""
-    errors = f", {total.count(ERROR)} errors" if total.count(ERROR) else ""
-    console.print(
-        f"[{STYLE[total.verdict]}]{total.verdict}[/]  {total.count(PASS)} passed, {total.count(FAIL)} failed{errors}{skipped}"
-        + (f", {total.ambiguous} ambiguous decisions accepted" if total.ambiguous else "")
-    )
+    parts = [f"{total.count(PASS)} passed", f"{total.count(FAIL)} failed"]
+    parts += [f"{total.count(ERROR)} errors"] * bool(total.count(ERROR)) + [f"{total.count(SKIPPED)} skipped"] * bool(total.count(SKIPPED))
+    parts += [f"{total.ambiguous} ambiguous decisions accepted"] * bool(total.ambiguous)
+    console.print(f"[{STYLE[total.verdict]}]{total.verdict}[/]  {', '.join(parts)}")
+
+
+def _titled(op: str, direction: str) -> str:
+    return op if direction == "forward" else f"{op} backward"
 
 
 def worst(results: list[CaseResult]) -> str:
-    """The largest statistic as a share of its limit: 1 and more fails."""
-    shares = [
-        value / r.limits[output][name] if r.limits[output][name] else float(value > 0)
-        for r in results
-        for output, found in r.statistics.items()
-        for name, value in found.items()
-        if name != "differ" or value
-    ]
-    exact = [r for r in results if any("differ" in found for found in r.statistics.values())]
+    """The largest statistic as a share of its limit (1× and more fails); for discrete outputs, whether all bits agree."""
+    found = [(name, v, r.limits[out][name]) for r in results for out, stats in r.statistics.items() for name, v in stats.items()]
+    if any(name == "differ" and value for name, value, _ in found):
+        return "differs"
+    shares = [value / limit for name, value, limit in found if name != "differ" and limit > 0]
     if not shares:
-        return "exact" if exact else "·"
-    return "differs" if exact and max(shares) == 1.0 else f"{max(shares):.2g}×"
+        return "exact" if found else "·"
+    return f"{max(shares):.2g}×" if max(shares) >= 0.01 else "<0.01×"
 
 
 def _print_group(console: Console, report: Report, group: tuple, results: list[CaseResult]) -> None:
     bad = [r for r in results if r.verdict in (FAIL, ERROR)]
-    reasons = {r.reason for r in results if r.verdict == SKIPPED and r.case != "-"}
-    if not bad and not reasons:
+    if not bad:
         return
     console.print(f"\n[bold]{escape(' '.join(group))}[/]")
     for r in bad[:SHOWN]:
@@ -107,7 +114,7 @@ def _print_group(console: Console, report: Report, group: tuple, results: list[C
         console.print(f"  … and {len(bad) - SHOWN} more cases (--json has all)")
     for explanation, count in report.explanations(group):
         examined = sum(bool(r.explanations) for r in bad)
-        console.print(f"  [yellow]known[/] {escape(explanation.id)}: {escape(str(explanation))} Explains {count} of {examined} cases examined.", soft_wrap=True)
-    for reason in sorted(reasons):
-        count = sum(r.reason == reason for r in results if r.verdict == SKIPPED)
-        console.print(f"  [dim]SKIPPED {count}: {escape(reason)}[/]", soft_wrap=True)
+        console.print(
+            f"  [yellow]known[/] {escape(explanation.id)}: {escape(str(explanation))} Explains {count} of {examined} cases examined.",
+            soft_wrap=True,
+        )

@@ -77,7 +77,8 @@ class Subject:
         given = {t.name: frameworks.hand_over(inputs[t.name], p.format_of(t), t.kind, self.framework) for t in tensors}
         before = {name: frameworks.snapshot(x) for name, x in given.items()}
         try:
-            result = fn(**given, **{k: v for k, v in attrs.items() if k in contract.attrs})
+            with np.errstate(all="ignore"):  # vectors hold infinities and zeros on purpose
+                result = fn(**given, **{k: v for k, v in attrs.items() if k in contract.attrs})
         except NotImplementedError as error:
             raise Refused(str(error) or "not implemented") from error
         for name, x in given.items():
@@ -111,7 +112,8 @@ def fit(fn: Callable, op: Op, direction: str, name: str) -> Contract:
     foreign = [
         n
         for n, p in parameters.items()
-        if p.kind is p.POSITIONAL_ONLY or (p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.default is p.empty and n not in (*names, *attrs))
+        if p.kind is p.POSITIONAL_ONLY
+        or (p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.default is p.empty and n not in (*names, *attrs))
     ]
     if missing or foreign:
         takes_text = ", ".join(parameters) or "nothing"
@@ -175,9 +177,13 @@ def _resolve(spec: str) -> Any:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        if not is_file and isinstance(error, ModuleNotFoundError) and error.name and where.split(".")[0] == error.name:
+        if not is_file and isinstance(error, ModuleNotFoundError) and error.name and f"{where}.".startswith(f"{error.name}."):
             near = difflib.get_close_matches(spec, BUILT_IN, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"built in are {', '.join(BUILT_IN)}; else name module:attr or file.py:attr"
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"built in are {', '.join(BUILT_IN)}; else name module:attr or file.py:attr"
+            )
             raise UsageError(f"unknown subject {spec!r}; {hint}") from error
         raise UsageError(f"subject {spec}: {where} does not import: {type(error).__name__}: {_first_line(error)}") from error
     found: Any = module

@@ -14,7 +14,7 @@ from ..ref.op import OPS, Case, Op, op_named
 from .band import Arrays, Band, band_of
 from .draw import Source, draw_case
 from .errors import UsageError
-from .precision import PRECISIONS, Precision
+from .precision import Precision
 
 SCHEMA = "leadline.vectors/1"
 STORED = ("fp32", "bf16")  # the other precisions' vectors are made when they are asked for
@@ -80,9 +80,8 @@ class Store:
             self._read[key] = read(self.directory / op.name / f"{precision.name}.json", op, precision)
         vector = self._read[key].get(f"{case.name}/{direction}")
         if vector is None:
-            raise UsageError(
-                f"{self.directory / op.name / f'{precision.name}.json'} has no vector {case.name}/{direction}; `leadline golden generate` makes it"
-            )
+            path = self.directory / op.name / f"{precision.name}.json"
+            raise UsageError(f"{path} has no vector {case.name}/{direction}; `leadline golden generate` makes it")
         return vector
 
 
@@ -144,7 +143,8 @@ def _vector(entry: dict, case: Case, op: Op, precision: Precision, arrays: Array
         vector.flags = tuple(entry["flags"])
         for name, x in vector.inputs.items():
             if digest(x) != entry["inputs"][name]["sha256"]:
-                raise UsageError(f"{path}: input {name} of {entry['id']} is not what its seed makes here; expected SHA-256 {entry['inputs'][name]['sha256']}")
+                expected = entry["inputs"][name]["sha256"]
+                raise UsageError(f"{path}: input {name} of {entry['id']} is not what its seed makes here; expected SHA-256 {expected}")
         return vector
     inputs = {name: arrays[f"{entry['id']}/{name}"] for name in entry["inputs"]}
     band = Band(

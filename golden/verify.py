@@ -143,10 +143,11 @@ def verify(
     _check(direction, profile, ties, attrs)
     ops = list(OPS.values()) if op is None else [op_named(name) for name in ([op] if isinstance(op, str) else op)]
     precisions = [precision_named(p) for p in ([precision] if isinstance(precision, str) else precision or DEFAULT_PRECISIONS)]
-    bare = callable(subject) or (isinstance(subject, str) and ":" in subject)
+    bare = is_bare(subject)
     if op is None and bare:
         raise UsageError(f"{getattr(subject, '__name__', subject)} is one callable; name what it computes (--op)")
     own = "backward" if direction == "backward" else "forward"
+    direction = own if bare else direction
     if isolate and isinstance(subject, str):
         asked: Any = IsolatedSubject(subject, framework, ties, own, timeout)
     else:
@@ -166,6 +167,11 @@ def verify(
         if isinstance(asked, IsolatedSubject):
             asked.close()
     return report
+
+
+def is_bare(subject: Any) -> bool:
+    """Whether a subject is one callable, which computes one op in one direction."""
+    return ":" in subject if isinstance(subject, str) else callable(subject) and not isinstance(subject, type)
 
 
 def _group(task: Task) -> tuple[str, str, str, str]:
@@ -188,7 +194,14 @@ def _check(direction: str | None, profile: str, ties: str | None, attrs: Mapping
 
 
 def _tasks(
-    subject: Any, ops: list[Op], precisions: list[Precision], direction: str | None, attrs: dict, profile: str, seeds: list[int], named: bool
+    subject: Any,
+    ops: list[Op],
+    precisions: list[Precision],
+    direction: str | None,
+    attrs: dict,
+    profile: str,
+    seeds: list[int],
+    named: bool,
 ) -> Iterator[Task]:
     for op in ops:
         for name in [n for n in attrs if n in op.attrs]:
@@ -220,7 +233,11 @@ def _run(task: Task, attrs: dict, store: Store, explained: bool) -> CaseResult:
     case_attrs = {**task.case.attrs, **declared}
     result.attrs = case_attrs
     own = {**task.op.defaults, **case_attrs}
-    untaken = [f"{name}={own[name]}" for name in own if name not in task.contract.attrs and name in task.case.attrs and own[name] != task.op.defaults[name]]
+    untaken = [
+        f"{name}={own[name]}"
+        for name in own
+        if name not in task.contract.attrs and name in task.case.attrs and own[name] != task.op.defaults[name]
+    ]
     if untaken:
         result.reason = f"the subject does not take {', '.join(untaken)}"
         return result
@@ -243,12 +260,22 @@ def _run(task: Task, attrs: dict, store: Store, explained: bool) -> CaseResult:
 
 def _question(task: Task, attrs: Mapping[str, Any], own: Mapping[str, Any], store: Store) -> tuple[Question, Vector]:
     op, case = task.op, task.case
-    assert case is not None and task.contract is not None
-    vector = _stored(store, op, case, task.direction, task.precision) if task.seed == 0 else _drawn(op.name, case.name, task.direction, task.precision.name, task.seed)
+    assert case is not None
+    assert task.contract is not None
+    vector = (
+        _stored(store, op, case, task.direction, task.precision)
+        if task.seed == 0
+        else _drawn(op.name, case.name, task.direction, task.precision.name, task.seed)
+    )
     if {**op.defaults, **case.attrs} != own:
         inputs = vector.inputs
         if op.choice and op.choice[0] in inputs:  # the decision that belongs to these attributes
-            inputs = {**inputs, op.choice[0]: band_of(op, "forward", {t.name: inputs[t.name] for t in op.inputs}, attrs, task.precision).truth[op.choice[0]]}
+            inputs = {
+                **inputs,
+                op.choice[0]: band_of(op, "forward", {t.name: inputs[t.name] for t in op.inputs}, attrs, task.precision).truth[
+                    op.choice[0]
+                ],
+            }
         band = band_of(op, task.direction, inputs, attrs, task.precision)
         vector = Vector(op, case, task.direction, task.precision, inputs, band)
     return Question(op, task.direction, vector.inputs, attrs, task.precision, task.subject.any_tie, task.contract.takes_choice), vector
@@ -291,7 +318,9 @@ def parse_attr(text: str, ops: Iterable[Op]) -> tuple[str, Any]:
     if parameter is None:
         known = sorted({a for op in ops for a in op.attrs})
         near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
-        raise UsageError(f"unknown attribute {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}"))
+        raise UsageError(
+            f"unknown attribute {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}")
+        )
     expected = parameter.annotation
     try:
         if expected is bool:

@@ -34,7 +34,7 @@ class IsolatedSubject:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         # -P: nothing in the current folder may stand in for an installed package.
         command = [sys.executable, "-P", "-m", "leadline.golden.worker", str(theirs.fileno())]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
@@ -107,8 +107,7 @@ def serve(pipe: Connection) -> None:
             else:
                 assert subject is not None
                 name, direction, inputs, attrs, precision = arguments
-                with np.errstate(all="ignore"):
-                    value = subject.ask(op_named(name), direction, inputs, attrs, precision_named(precision))
+                value = subject.ask(op_named(name), direction, inputs, attrs, precision_named(precision))
             answer = ("value", value)
         except UsageError as error:
             answer = ("usage", str(error))

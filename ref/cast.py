@@ -104,9 +104,9 @@ def _declare(fmt: Format) -> None:
     encode_fwd.__doc__ = f"""codes[n] = the {fmt.bits}-bit pattern of cast.{fmt.name}(x)[n]
 
     NaN encodes as {fmt.nan_code:#x}, whatever its sign was; from a subject any NaN pattern is accepted."""
-    decode_fwd.__doc__ = f"""x[n] = (-1)^sign 2^(max(field,1)-{fmt.bias}) (mantissa/{2**fmt.mantissa_bits} + [field>0]) of {fmt.name} codes[n], in float32
+    decode_fwd.__doc__ = f"""x[n] = (-1)^sign 2^(max(field,1)-{fmt.bias}) (mantissa/{2**fmt.mantissa_bits} + [field>0]) of codes[n]
 
-    Exact. codes must be {fmt.code_dtype}."""
+    In float32, exact. codes must be {fmt.code_dtype}."""
     declare(Op(f"cast.{fmt.name}", cast, None, cases, "n", SOURCE))
     declare(Op(f"encode.{fmt.name}", encode_fwd, None, cases, "n", SOURCE))
     every = Case("every-code", {"n": 2**fmt.bits}, {"codes": ("codes",)})

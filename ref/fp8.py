@@ -138,6 +138,7 @@ def quantize_tile_fwd(
     a, s = _amax_and_linear_scale(x, rule, tile, fmt.max)
     if scale is None:
         scale = s if rule.power_of_two == "no" else _round_scale_up(s, rule.power_of_two)
+    assert scale is not None
     d = x.shape[1]
     if rule.value == "x/s":
         value = x / _spread(scale, tile, d)
@@ -148,9 +149,7 @@ def quantize_tile_fwd(
     return (encode(fmt, value, overflow="saturate"), scale), ()
 
 
-def scale_regret(
-    x: Array, *, scale: Array, recipe: RecipeName = "v3", tile: int = 128, axis: int = 1, format: FP8Name = "e4m3fn"
-) -> Array:
+def scale_regret(x: Array, *, scale: Array, recipe: RecipeName = "v3", tile: int = 128, axis: int = 1, format: FP8Name = "e4m3fn") -> Array:
     """How far log2 of the linear scale would have to move for `scale` to be its power of two; inf where the recipe leaves no room.
 
     Only a recipe that goes through a rounded log2 leaves any: implementations of log2 differ in the last place.
@@ -186,7 +185,9 @@ def dequantize_tile_fwd(
     if codes.dtype != xp.uint8:
         raise ValueError(f"fp8.dequantize_tile: codes are {codes.dtype}; expected uint8")
     if tuple(scale.shape) != expected:
-        raise ValueError(f"fp8.dequantize_tile: scale has shape {tuple(scale.shape)}; expected {expected} for tiles of {tile} on axis {axis}")
+        raise ValueError(
+            f"fp8.dequantize_tile: scale has shape {tuple(scale.shape)}; expected {expected} for tiles of {tile} on axis {axis}"
+        )
     values = xp.astype(decode(FORMATS[format], codes), scale.dtype)
     if axis == 0:
         return values * xp.repeat(scale, tile, axis=0)[:n, :], ()
@@ -197,7 +198,11 @@ def _cases() -> tuple[Case, ...]:
     draws = {
         "normal": ((3, 300), ("normal", 1.0), "a ragged last tile"),
         "spread": ((5, 129), ("rows_wide", -20, 12), "rows of very different size, zero tiles, tiles below the clamp"),
-        "midpoints": ((12, 256), ("tile_midpoints", 128), "values next to the midpoints of codes times the scale: one ulp in x/s flips a code"),
+        "midpoints": (
+            (12, 256),
+            ("tile_midpoints", 128),
+            "values next to the midpoints of codes times the scale: one ulp in x/s flips a code",
+        ),
         "edges": ((24, 128), ("tile_edges", 128), "amax within a few ulp of a power of two times 448"),
     }
     cases = []

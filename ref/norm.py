@@ -20,20 +20,23 @@ def rmsnorm_fwd(x: Array, weight: Array, *, eps: float = 1e-6, cast_order: CastO
         raise ValueError(f"rmsnorm: eps is {eps}; expected eps >= 0")
     rstd = 1 / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)  # [n,1]
     xhat = x * rstd
-    if cast_order == "cast_then_weight":
-        xhat = stored(xhat)
-    y = xhat * weight
-    return y, (x, weight, rstd)
+    y = (stored(xhat) if cast_order == "cast_then_weight" else xhat) * weight
+    return y, (x, weight, rstd, cast_order)
 
 
 def rmsnorm_bwd(dy: Array, saved: tuple) -> tuple[Array, Array]:
-    """xhat = x rstd, g = dy weight:   dx[n,d] = rstd[n] (g - xhat mean_d(g xhat)),   dweight[d] = Σ_n dy xhat"""
-    x, weight, rstd = saved
+    """xhat = x rstd, g = dy weight:   dx[n,d] = rstd[n] (g - xhat mean_d(g xhat)),   dweight[d] = Σ_n dy xhat
+
+    With cast_then_weight the product with the weight is one of 16-bit arrays: so are both of its gradients.
+    """
+    x, weight, rstd, cast_order = saved
     xp = xp_of(x)
-    xhat = x * rstd
-    g = dy * weight
+    xhat, g = x * rstd, dy * weight
+    products = dy * xhat
+    if cast_order == "cast_then_weight":
+        g, products = stored(g), stored(dy * stored(xhat))
     dx = rstd * (g - xhat * xp.mean(g * xhat, axis=-1, keepdims=True))
-    dweight = xp.sum(dy * xhat, axis=0)  # [d]
+    dweight = xp.sum(products, axis=0)  # [d]
     return dx, dweight
 
 

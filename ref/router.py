@@ -85,7 +85,6 @@ def router_noaux_tc_fwd(
     kept as the choice (routing replay), and only the weights are computed.
     """
     xp = xp_of(logits)
-    n, e = logits.shape
     _check(logits, bias, k, n_group, topk_group)
     s = scores_of(logits, scoring)  # [n,e]
     if topk_idx is None:
@@ -191,7 +190,9 @@ V4 = {"k": 6, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5, "scor
 
 
 def _case(name: str, n: int, e: int, logits: tuple, bias: tuple, attrs: dict, note: str = "", quick: bool = True) -> Case:
-    return Case(name, {"n": n, "e": e, "k": attrs["k"]}, {"logits": logits, "bias": bias, "dtopk_weight": ("normal", 1.0)}, attrs, note, quick)
+    return Case(
+        name, {"n": n, "e": e, "k": attrs["k"]}, {"logits": logits, "bias": bias, "dtopk_weight": ("normal", 1.0)}, attrs, note, quick
+    )
 
 
 router_noaux_tc = declare(
@@ -203,12 +204,21 @@ router_noaux_tc = declare(
             _case("v3", 16, 256, ("normal", 1.0), ("normal", 0.1), V3),
             _case("v3-one", 1, 256, ("normal", 1.0), ("normal", 0.1), V3),
             _case("v3-negative-bias", 9, 256, ("normal", 1.0), ("uniform", -1.5, -0.7), V3, "every s + bias is below 0: a fill of 0 wins"),
-            _case("v3-large-bias", 7, 256, ("normal", 1.0), ("uniform", 6.5, 7.5), V3, "as in R1's checkpoint; it must not reach the weights"),
+            _case(
+                "v3-large-bias", 7, 256, ("normal", 1.0), ("uniform", 6.5, 7.5), V3, "as in R1's checkpoint; it must not reach the weights"
+            ),
             _case("v3-steep", 7, 256, ("normal", 8.0), ("normal", 0.1), V3, "saturated scores"),
             _case("v3-low", 7, 256, ("uniform", -60.0, -40.0), ("normal", 0.1), V3, "scores near the denominator's eps"),
             _case("v3-ties", 9, 256, ("steps", 4, 0.5), ("const", 0.0), V3, "exact ties of experts and of groups"),
             _case("v3-plain", 5, 256, ("normal", 1.0), ("normal", 0.1), {**V3, "norm_topk_prob": False}, "weights are factor times score"),
-            _case("small-groups", 5, 16, ("normal", 1.0), ("normal", 0.3), {"k": 4, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.0}),
+            _case(
+                "small-groups",
+                5,
+                16,
+                ("normal", 1.0),
+                ("normal", 0.3),
+                {"k": 4, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.0},
+            ),
             _case("kimi-k2", 5, 384, ("normal", 1.0), ("normal", 0.1), KIMI),
             _case("moonlight", 5, 64, ("normal", 1.0), ("normal", 0.1), MOONLIGHT),
             _case("v4", 5, 256, ("normal", 2.0), ("normal", 0.1), V4),

@@ -1,4 +1,4 @@
-"""Known bugs and conventions, each a short variant of the reference: the vectors must catch them, and a failing subject is told which fits."""
+"""Known bugs and conventions, each a short variant of the reference: vectors must catch them, a failing subject is told which fits."""
 
 import importlib
 from collections.abc import Callable, Mapping

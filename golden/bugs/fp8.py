@@ -61,10 +61,17 @@ def _dropped(codes: Array, scale: Array, **attrs: Any) -> tuple[Array, tuple]:
 QUANTIZE, DEQUANTIZE = ("fp8.quantize_tile",), ("fp8.dequantize_tile",)
 BUGS = [
     Bug("fp8-max-wrong", QUANTIZE, "The scale is amax/240 instead of amax/448.", fwd=_with_scale(_max_240)),
-    Bug("fp8-scale-exponent-floor", QUANTIZE, "The power-of-two scale is rounded down, so codes saturate.", fwd=_with_scale(_exponent_floor)),
+    Bug(
+        "fp8-scale-exponent-floor", QUANTIZE, "The power-of-two scale is rounded down, so codes saturate.", fwd=_with_scale(_exponent_floor)
+    ),
     Bug("fp8-scale-per-row", QUANTIZE, "One scale for the whole row instead of one a tile.", fwd=_whole_row),
     Bug("scale-inverted", QUANTIZE, "1/scale is stored where the scale that multiplies is expected.", fwd=_returns_inverse),
-    Bug("scale-reciprocal-multiply", QUANTIZE, "x·(1/s) instead of x/s: one unit in the last place flips codes near midpoints.", fwd=_multiplied),
+    Bug(
+        "scale-reciprocal-multiply",
+        QUANTIZE,
+        "x·(1/s) instead of x/s: one unit in the last place flips codes near midpoints.",
+        fwd=_multiplied,
+    ),
     Bug("scale-inverted", DEQUANTIZE, "Divides by the scale; despite the name weight_scale_inv it multiplies.", fwd=_divided),
     Bug("scale-dropped", DEQUANTIZE, "The scale is not applied: a bare cast.", fwd=_dropped),
 ]

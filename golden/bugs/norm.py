@@ -2,18 +2,18 @@
 
 from typing import Any
 
-from ...ref.formats import BF16
 from ...ref.cast import round_to
+from ...ref.formats import BF16
 from ...ref.norm import rmsnorm_bwd, rmsnorm_fwd
 from ...ref.xp import Array, xp_of
 from . import Bug
 
 
 def _with_rstd(rstd_of: Any) -> Any:
-    def fwd(x: Array, weight: Array, *, eps: float = 1e-6, cast_order: str = "") -> tuple[Array, tuple]:
+    def fwd(x: Array, weight: Array, *, eps: float = 1e-6, cast_order: str = "weight_then_cast") -> tuple[Array, tuple]:
         xp = xp_of(x)
         rstd = rstd_of(xp, x, xp.mean(x * x, axis=-1, keepdims=True), eps)
-        return x * rstd * weight, (x, weight, rstd)
+        return x * rstd * weight, (x, weight, rstd, cast_order)
 
     return fwd
 
@@ -23,12 +23,12 @@ def _unit_offset(x: Array, weight: Array, **attrs: Any) -> tuple[Array, tuple]:
 
 
 def _no_projection(dy: Array, saved: tuple) -> tuple[Array, Array]:
-    x, weight, rstd = saved
+    _, weight, rstd, _ = saved
     return rstd * dy * weight, rmsnorm_bwd(dy, saved)[1]
 
 
 def _gamma_omitted(dy: Array, saved: tuple) -> tuple[Array, Array]:
-    x, weight, rstd = saved
+    x, weight, rstd, _ = saved
     xp = xp_of(x)
     xhat = x * rstd
     dx = rstd * (dy * weight - xhat * xp.mean(dy * xhat, axis=-1, keepdims=True))
@@ -41,8 +41,15 @@ def _dweight_of_x(dy: Array, saved: tuple) -> tuple[Array, Array]:
 
 RMSNORM = ("rmsnorm",)
 BUGS = [
-    Bug("rmsnorm-eps-outside", RMSNORM, "eps is added to the root: x/(rms + eps).", fwd=_with_rstd(lambda xp, x, ms, eps: 1 / (xp.sqrt(ms) + eps))),
-    Bug("rmsnorm-eps-hardcoded", RMSNORM, "eps is 1e-5 instead of 1e-6.", fwd=_with_rstd(lambda xp, x, ms, eps: 1 / xp.sqrt(ms + 10 * eps))),
+    Bug(
+        "rmsnorm-eps-outside",
+        RMSNORM,
+        "eps is added to the root: x/(rms + eps).",
+        fwd=_with_rstd(lambda xp, x, ms, eps: 1 / (xp.sqrt(ms) + eps)),
+    ),
+    Bug(
+        "rmsnorm-eps-hardcoded", RMSNORM, "eps is 1e-5 instead of 1e-6.", fwd=_with_rstd(lambda xp, x, ms, eps: 1 / xp.sqrt(ms + 10 * eps))
+    ),
     Bug("rmsnorm-eps-missing", RMSNORM, "eps is left out.", fwd=_with_rstd(lambda xp, x, ms, eps: 1 / xp.sqrt(ms))),
     Bug(
         "rmsnorm-eps-on-sum",
@@ -50,7 +57,12 @@ BUGS = [
         "eps is added to the sum of squares, not to the mean: it is d times too small.",
         fwd=_with_rstd(lambda xp, x, ms, eps: 1 / xp.sqrt(ms + eps / x.shape[-1])),
     ),
-    Bug("rmsnorm-sum-for-mean", RMSNORM, "Divides by the norm, not the root mean square.", fwd=_with_rstd(lambda xp, x, ms, eps: 1 / xp.sqrt(ms * x.shape[-1] + eps))),
+    Bug(
+        "rmsnorm-sum-for-mean",
+        RMSNORM,
+        "Divides by the norm, not the root mean square.",
+        fwd=_with_rstd(lambda xp, x, ms, eps: 1 / xp.sqrt(ms * x.shape[-1] + eps)),
+    ),
     Bug(
         "rmsnorm-mean-subtracted",
         RMSNORM,

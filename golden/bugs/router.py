@@ -122,7 +122,12 @@ BUGS = [
         directions=("forward",),
     ),
     Bug("bias-leaks-into-weights", ROUTER, "Weights are taken from s + bias; the bias may only choose.", fwd=bias_leaks),
-    Bug("group-score-max", ROUTER, "A group's score is its maximum (V2) instead of the sum of its two largest.", fwd=_select(lambda xp, g: xp.max(g, axis=-1))),
+    Bug(
+        "group-score-max",
+        ROUTER,
+        "A group's score is its maximum (V2) instead of the sum of its two largest.",
+        fwd=_select(lambda xp, g: xp.max(g, axis=-1)),
+    ),
     Bug("group-ignored", ROUTER, "The groups are ignored: a plain top-k.", fwd=_select(None)),
     Bug("bias-ignored", ROUTER, "The selection bias is not used.", fwd=bias_ignored),
     Bug("softmax-instead-of-sigmoid", ROUTER, "Scores are softmax(logits) instead of sigmoid.", attrs={"scoring": "softmax"}),

@@ -1,1 +1,1 @@
-"""Built-in subjects: implementations that others wrote, under the ops' names. Each needs its own package; none is imported before it is asked for."""
+"""Built-in subjects: implementations that others wrote, under the ops' names. Each needs its package and is imported when asked for."""

@@ -60,21 +60,24 @@ def run(kernel: Callable[..., Any], n: int, width: int, *args: Any, largest: int
 _SAME_WIDTH = {types.float32: types.uint32, types.float64: types.uint64, types.uint32: types.float32, types.uint64: types.float64}
 
 
-@intrinsic
-def flip(typingctx, v):
+def _flip(typingctx, v):
     """The bits of a float as an unsigned integer, or the float that an unsigned integer's bits spell."""
     if v not in _SAME_WIDTH:
         return None
     return _SAME_WIDTH[v](v), lambda context, builder, sig, args: builder.bitcast(args[0], context.get_value_type(sig.return_type))
 
 
-@intrinsic
-def shr(typingctx, u, count):
+def _shr(typingctx, u, count):
     """u >> count in u's own type. (Numba's >> widens uint32 to 64 bits, which halves the vector width.)"""
     return u(u, u), lambda context, builder, sig, args: builder.lshr(args[0], args[1])
 
 
-def need(ok: bool, op: str, name: str, value: Any, expected: str) -> None:
+# Not decorated: a type checker would see the typing context as a parameter.
+flip: Any = intrinsic(_flip)
+shr: Any = intrinsic(_shr)
+
+
+def need(ok: Any, op: str, name: str, value: Any, expected: str) -> None:
     """ValueError "op: name is value; expected ..." unless ok."""
     if not ok:
         raise ValueError(f"{op}: {name} is {value}; expected {expected}")
