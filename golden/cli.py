@@ -157,7 +157,7 @@ def verify(
 
     A subject is kernels.cpu, ref, torch, transformers, ml_dtypes or gfloat; or your own: module, module:attr, file.py, file.py:attr.
     """
-    from .report import json_lines, print_table
+    from .report import json_header, json_result, json_total, print_table
     from .verify import parse_attr
     from .verify import verify as run
 
@@ -175,12 +175,14 @@ def verify(
     }
     started = time.perf_counter()
     reports = []
+    if as_json:
+        click.echo(json_header())
+        options["on_result"] = lambda result: click.echo(json_result(result))
     for subject in subjects or ("kernels.cpu",):
         with Progress(subject) as progress:
             reports.append(run(subject, names or None, isolate=True, progress=progress, **options))
     if as_json:
-        for line in json_lines(reports):
-            click.echo(line)
+        click.echo(json_total(reports))
     else:
         print_table(Console(highlight=False), reports)
         click.echo(f"{time.perf_counter() - started:.1f} s")

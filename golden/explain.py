@@ -11,6 +11,7 @@ from ..ref.op import Op
 from .band import Band, band_of, truth_of
 from .bugs import Bug, bugs_of
 from .judge import PASS, Question, Returned, as_returned, judge
+from .precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def explain(question: Question, returned: Mapping[str, Returned]) -> list[Explan
             found.append(
                 Explanation("ties", "Only the winners of exact ties differ; the lowest index wins.", "--ties any if yours are open")
             )
+    found += _coarser(question, returned)
     bugs = bugs_of(question.op, question.direction)
     own = {**question.op.defaults, **question.attrs}
     declared = [dict(b.attrs) for b in bugs if any(own[k] != v for k, v in b.attrs.items())]
@@ -57,6 +59,22 @@ def explain(question: Question, returned: Mapping[str, Returned]) -> list[Explan
         if not bug.attrs and _fits(question, returned, bug):
             found.append(Explanation(bug.id, bug.what, bug.sources))
     return found
+
+
+COARSER = {"fp64": ("fp32", "bf16"), "fp32": ("bf16",), "bf16": ("bf16-eager",), "fp16": (), "bf16-eager": ()}
+
+
+def _coarser(question: Question, returned: Mapping[str, Returned]) -> list[Explanation]:
+    """Whether the output is right for arithmetic that is coarser than what is claimed."""
+    if question.op.exact:
+        return []
+    for name in COARSER[question.precision.name]:
+        asked = replace(question, precision=PRECISIONS[name])
+        carried = {k: Returned(r.values, asked.precision.carrier) if r.values.dtype.kind == "f" else r for k, r in returned.items()}
+        if _agrees(asked, carried, _band(asked)):
+            text = f"The output is right for {name} ({asked.precision.meaning}): it computes in less than it claims."
+            return [Explanation(f"precision={name}", text, f"--precision {name} if that is your claim")]
+    return []
 
 
 def _band(question: Question) -> Band | None:

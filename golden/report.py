@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -17,17 +16,25 @@ STYLE = {PASS: "green", FAIL: "bold red", ERROR: "bold magenta", SKIPPED: "dim"}
 SHOWN = 3  # failing cases that are told in full for each row of the table
 
 
-def json_lines(reports: Iterable[Report]) -> Iterable[str]:
-    """A line of provenance, a line a case, a line of totals."""
-    versions = {name: _version(name) for name in ("leadline", "numpy", "numba", "torch", "transformers", "ml_dtypes", "gfloat")}
-    reports = list(reports)
-    yield json.dumps({"schema": "leadline.report/1", "versions": {k: v for k, v in versions.items() if v}})
-    results = [r for report in reports for r in report.results]
-    for result in results:
-        fields = {**vars(result), "explanations": [vars(e) for e in result.explanations]}
-        yield json.dumps(_finite(fields))
-    counts = {v.lower(): sum(r.verdict == v for r in results) for v in (PASS, FAIL, ERROR, SKIPPED)}
-    yield json.dumps({"total": counts, "ambiguous": sum(r.ambiguous for r in results)})
+PACKAGES = ("leadline", "numpy", "numba", "torch", "transformers", "ml_dtypes", "gfloat")
+
+
+def json_header() -> str:
+    """The first line: what was run, in which versions."""
+    versions = {name: _version(name) for name in PACKAGES}
+    return json.dumps({"schema": "leadline.report/1", "versions": {k: v for k, v in versions.items() if v}})
+
+
+def json_result(result: CaseResult) -> str:
+    """A line a case, written as it comes."""
+    return json.dumps(_finite({**vars(result), "explanations": [vars(e) for e in result.explanations]}))
+
+
+def json_total(reports: list[Report]) -> str:
+    """The last line; where it is missing, the run was interrupted."""
+    total = Report([r for report in reports for r in report.results])
+    counts = {v.lower(): total.count(v) for v in (PASS, FAIL, ERROR, SKIPPED)}
+    return json.dumps({"total": counts, "ambiguous": total.ambiguous})
 
 
 def _finite(value: Any) -> Any:

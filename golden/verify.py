@@ -132,6 +132,7 @@ def verify(
     timeout: float = 120.0,
     store: Store | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    on_result: Callable[[CaseResult], None] | None = None,
     explained: bool = True,
 ) -> Report:
     """Holds a subject to the cases of one op, several, or all, and returns the report.
@@ -139,6 +140,7 @@ def verify(
     subject: a callable; a module or object with attributes named after ops; or a string as on the command line. A string can be run in a
     process of its own (isolate=True): a crash then costs one case. Seed 0 is the stored vectors, every other seed draws new inputs.
     direction None means every direction that the subject has; a bare callable is a forward unless "backward" is said.
+    progress(done, total, what) is called before each case, on_result(result) after it.
     """
     _check(direction, profile, ties, attrs)
     ops = list(OPS.values()) if op is None else [op_named(name) for name in ([op] if isinstance(op, str) else op)]
@@ -163,6 +165,8 @@ def verify(
             result = _run(task, dict(attrs or {}), store, explained and explained_of.get(_group(task), 0) < EXPLAINED)
             explained_of[result.group] = explained_of.get(result.group, 0) + (result.verdict == FAIL)
             report.results.append(result)
+            if on_result:
+                on_result(result)
     finally:
         if isinstance(asked, IsolatedSubject):
             asked.close()

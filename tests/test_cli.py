@@ -172,3 +172,26 @@ def test_an_interrupt_ends_with_130_and_leaves_no_process(tmp_path: Path) -> Non
     assert "Traceback" not in err
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_json_lines_are_written_as_they_come(tmp_path: Path) -> None:
+    """What was judged before an interrupt is on standard output: nothing is lost."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        textwrap.dedent("""
+            import time
+            def fn(x, weight):
+                if x.shape == (5, 512):
+                    time.sleep(600)
+                return x * weight
+        """)
+    )
+    command = [sys.executable, "-m", "leadline.golden.cli", "verify", f"{path}:fn", "--op", "rmsnorm", "--json"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path)
+    assert run.stdout
+    lines = [json.loads(run.stdout.readline()) for _ in range(3)]
+    assert [line.get("case") for line in lines] == [None, "one", "ragged"]
+    run.send_signal(signal.SIGINT)
+    rest, _ = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "total" not in rest
