@@ -1,7 +1,8 @@
 """The truth, and how far from it a correct subject may be: computed, not chosen.
 
-The truth is the reference in float64. RUNS Monte-Carlo runs give each output element its own deviation σ (never under half a unit in the
-last place of the output's format). Six statistics of the error in σ are held to limits. A limit comes from the same statistics of the runs
+The truth is the reference in float64. RUNS Monte-Carlo runs give each output element its own deviation s; with half a unit h in the last
+place of the output's format it makes σ² = s² + h². An element's reach is h + 6 s: a rounding has an end, what is rounded has tails. Six
+statistics of the error in σ are held to limits. A limit comes from the same statistics of the runs
 themselves, each judged by the σ of the others: SLACK · (mean + 6 deviations), and never less than SLACK times what one rounding of the
 output explains. SLACK = 2 is the room for a subject's own order of operations.
 """
@@ -35,9 +36,16 @@ class Band:
     limits: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def statistics(z: np.ndarray, strength: np.ndarray) -> dict[str, float]:
-    """The error z in σ: its largest element, its rms over all, over the worst row and the worst block of 32 columns, its mean, and its
-    gain, the multiple of the truth (strength = truth/σ) that it contains."""
+def reach(floor: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """How far an element may reach, in its σ: half a unit, which no rounding exceeds, and six deviations of what is rounded, which has
+    tails. σ² = floor² + s², so that s is had back."""
+    s = np.sqrt(np.maximum(sigma * sigma - floor * floor, 0.0))
+    return np.divide(floor + DEVIATIONS * s, sigma, out=np.ones_like(sigma), where=sigma > 0)
+
+
+def statistics(z: np.ndarray, strength: np.ndarray, reach: np.ndarray) -> dict[str, float]:
+    """The error z in σ: its largest element (in its reach), its rms over all, over the worst row and the worst block of 32 columns, its
+    mean, and its gain, the multiple of the truth (strength = truth/σ) that it contains."""
     if z.size == 0:
         return dict.fromkeys(("max", "rms", "row", "block", "mean", "gain"), 0.0)
     square = z * z
@@ -46,13 +54,18 @@ def statistics(z: np.ndarray, strength: np.ndarray) -> dict[str, float]:
     widths = np.diff(np.r_[np.arange(0, flat.shape[1], BLOCK), flat.shape[1]])
     power = float(np.sum(strength * strength))
     return {
-        "max": float(np.sqrt(np.max(square))),
+        "max": float(np.max(np.abs(z) / reach)),
         "rms": float(np.sqrt(np.mean(square))),
         "row": float(np.sqrt(np.max(np.mean(flat, axis=1)))),
         "block": float(np.sqrt(np.max(np.sum(blocks, axis=0) / (widths * flat.shape[0])))),
         "mean": abs(float(np.mean(z))),
         "gain": abs(float(np.sum(z * strength)) / power) if power > 0 else 0.0,
     }
+
+
+def floor_of(precision: Precision, truth: np.ndarray) -> np.ndarray:
+    """Half a unit in the last place of the output's format; none where the truth is zero."""
+    return np.where(np.isfinite(truth) & (truth != 0), ulp(precision.io, truth) / 2, 0.0)
 
 
 def in_sigma(error: np.ndarray, sigma: np.ndarray) -> np.ndarray:
@@ -78,14 +91,14 @@ def rounding_alone(shape: tuple[int, ...], strength: np.ndarray) -> dict[str, fl
     }
 
 
-def limits_of(errors: np.ndarray, floor: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """The limits from the runs' errors [runs, …]: each run is judged by the deviation of the others."""
-    total = np.sum(errors * errors, axis=0)
+def limits_of(errors: np.ndarray, raw: np.ndarray, floor: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """The limits from the runs' errors [runs, …], rounded and raw: each run is judged by the deviation of the others."""
+    total = np.sum(raw * raw, axis=0)
     left_out = []
-    for error in errors:
-        sigma = np.maximum(np.sqrt(np.maximum(total - error * error, 0.0) / (len(errors) - 1)), floor)
-        left_out.append(statistics(in_sigma(error, sigma), in_sigma(truth, sigma)))
-    sigma = np.maximum(np.sqrt(total / len(errors)), floor)
+    for error, own in zip(errors, raw, strict=True):
+        sigma = np.hypot(np.sqrt(np.maximum(total - own * own, 0.0) / (len(raw) - 1)), floor)
+        left_out.append(statistics(in_sigma(error, sigma), in_sigma(truth, sigma), reach(floor, sigma)))
+    sigma = np.hypot(np.sqrt(total / len(raw)), floor)
     least = rounding_alone(truth.shape, in_sigma(truth, sigma))
     limits = {}
     for name in least:
@@ -139,9 +152,10 @@ def band_of(
     for name in names:
         exact = truth[name]
         finite = np.isfinite(exact)
-        floor = np.where(finite & (exact != 0), ulp(precision.io, exact) / 2, 0.0)
+        floor = floor_of(precision, exact)
+        raw = np.where(finite & np.isfinite(runs[name]), runs[name] - np.where(finite, exact, 0.0), 0.0)
         errors = np.where(finite, round_to(precision.io, runs[name], overflow="nan") - exact, 0.0)
         errors = np.where(np.isfinite(errors), errors, 0.0)
-        band.sigma[name] = np.maximum(np.sqrt(np.mean(errors * errors, axis=0)), floor)
-        band.limits[name] = limits_of(errors, floor, np.where(finite, exact, 0.0))
+        band.sigma[name] = np.hypot(np.sqrt(np.mean(raw * raw, axis=0)), floor)
+        band.limits[name] = limits_of(errors, raw, floor, np.where(finite, exact, 0.0))
     return band

@@ -121,7 +121,7 @@ def tile_midpoints(source: Source, shape: tuple[int, ...], tile: int) -> np.ndar
 def tile_edges(source: Source, shape: tuple[int, ...], tile: int) -> np.ndarray:
     """Each row's maximum is 448·2^j, moved by -12 to 11 units in the last place of float32"""
     n = shape[0]
-    top = 448.0 * np.ldexp(1.0, source.integers((n, 1), -8, 6))
+    top = 448.0 * np.ldexp(1.0, source.integers((n, 1), -20, 21))
     steps = (np.arange(n) - n // 2).reshape(n, 1)
     x = source.uniform(shape, -1.0, 1.0) * top * 0.99
     x[:, ::tile] = top * (1.0 + steps * 2.0**-23)

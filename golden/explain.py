@@ -43,7 +43,6 @@ def explain(question: Question, returned: Mapping[str, Returned]) -> list[Explan
             found.append(
                 Explanation("ties", "Only the winners of exact ties differ; the lowest index wins.", "--ties any if yours are open")
             )
-    found += _coarser(question, returned)
     bugs = bugs_of(question.op, question.direction)
     own = {**question.op.defaults, **question.attrs}
     declared = [dict(b.attrs) for b in bugs if any(own[k] != v for k, v in b.attrs.items())]
@@ -58,7 +57,7 @@ def explain(question: Question, returned: Mapping[str, Returned]) -> list[Explan
     for bug in bugs:
         if not bug.attrs and _fits(question, returned, bug):
             found.append(Explanation(bug.id, bug.what, bug.sources))
-    return found
+    return found + _coarser(question, returned)
 
 
 COARSER = {"fp64": ("fp32", "bf16"), "fp32": ("bf16",), "bf16": ("bf16-eager",), "fp16": (), "bf16-eager": ()}

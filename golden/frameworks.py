@@ -65,7 +65,7 @@ def take_back(y: Any, kind: str) -> tuple[np.ndarray, str]:
     if array.dtype == object:
         raise TypeError("its elements are Python objects")
     name = str(array.dtype)
-    if array.dtype.kind == "V" or name.startswith(("bfloat", "float8", "float4", "float6")) or name == "float16":
+    if array.dtype.kind == "V" or name.startswith(("bfloat", "float8_", "float4_", "float6_")) or name == "float16":
         if kind == "code":
             return array.view(f"uint{8 * array.dtype.itemsize}"), f"uint{8 * array.dtype.itemsize}"
         array = array.astype(np.float32)

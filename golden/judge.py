@@ -9,11 +9,12 @@ import numpy as np
 from ..ref.cast import round_to
 from ..ref.formats import FORMATS, Format
 from ..ref.op import Op, Tensor
-from .band import DEVIATIONS, SLACK, Arrays, Band, band_of, carrier, in_sigma, scatter, statistics
+from .band import DEVIATIONS, SLACK, Arrays, Band, band_of, carrier, floor_of, in_sigma, reach, scatter, statistics
 from .draw import ulp
 from .precision import Precision
 
 PASS, FAIL, ERROR, SKIPPED = "PASS", "FAIL", "ERROR", "SKIPPED"
+UNITS = {"max": " reaches", "rms": " σ", "row": " σ", "block": " σ", "mean": " σ", "gain": ""}
 INSTABILITY = 8.0  # a decision that eight times the noise can turn is not held against a backward that decides for itself
 
 
@@ -201,12 +202,22 @@ def _few(values: list) -> str:
 
 
 def unstable_rows(question: Question) -> np.ndarray:
-    """[n]: rows whose decision INSTABILITY times the rounding noise can turn"""
+    """[n]: rows whose decision INSTABILITY times the rounding noise can turn.
+
+    The inputs are moved as well, each element by its own amount: exact ties, whose members round alike, come apart.
+    """
     op = question.op
     assert op.choice is not None
     name = op.choice[0]
     inputs = {t.name: question.inputs[t.name] for t in op.inputs}
-    runs = scatter(lambda a: op.run("forward", a, question.attrs), inputs, question.precision, [name], INSTABILITY)[name]
+    rng = np.random.Generator(np.random.Philox(key=0))
+
+    def run(arrays: Mapping[str, Any]) -> Arrays:
+        unit = {k: ulp(question.precision.work, np.max(np.abs(x), initial=0.0)) for k, x in inputs.items()}
+        moved = {k: a + INSTABILITY * unit[k] * rng.uniform(-1, 1, a.shape) for k, a in arrays.items()}
+        return op.run("forward", moved, question.attrs)
+
+    runs = scatter(run, inputs, question.precision, [name], INSTABILITY)[name]
     return np.any(np.sort(runs, -1) != np.sort(question.inputs[name], -1)[None], axis=(0, -1))
 
 
@@ -229,13 +240,13 @@ def _real(name: str, got: np.ndarray, band: Band, judged: np.ndarray, precision:
         judgement.fail(f"{name}[{_at(at)}] is {got[at]:.6g}; expected exactly {truth[at]:.6g} [{int(certain.sum())} such elements]")
     z = in_sigma(error, sigma)
     strength = in_sigma(np.where(usable, truth, 0.0), sigma)
-    found = statistics(z, strength)
+    found = statistics(z, strength, reach(floor_of(precision, truth), sigma))
     judgement.statistics[name], judgement.limits[name] = found, band.limits[name]
     beyond = [s for s in found if found[s] > band.limits[name][s]]
     if beyond:
-        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(np.abs(z))), z.shape))
-        parts = ", ".join(f"{s} {found[s]:.3g} (limit {band.limits[name][s]:.3g})" for s in beyond)
-        judgement.fail(f"{name} is off by {parts} in σ; worst {name}[{_at(at)}] = {got[at]:.8g}, truth {truth[at]:.8g}, σ {sigma[at]:.2g}")
+        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(np.abs(z) / reach(floor_of(precision, truth), sigma))), z.shape))
+        parts = ", ".join(f"{s} {found[s]:.3g}{UNITS[s]} (limit {band.limits[name][s]:.3g})" for s in beyond)
+        judgement.fail(f"{name} is off by {parts}; worst {name}[{_at(at)}] = {got[at]:.8g}, truth {truth[at]:.8g}, σ {sigma[at]:.2g}")
 
 
 def _exact(tensor: Tensor, got: np.ndarray, truth: np.ndarray, fmt: Format | None, judgement: Judgement) -> None:

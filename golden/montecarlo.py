@@ -5,7 +5,7 @@ operations. Values are carried in float64. The noise of an operation, in units o
 
     + - ×                  rounded to one of the two neighbours, the nearer more often (no noise where the result is representable)
     ÷ √                    the same after ± 1/2 unit more (fast division, approximate reciprocals)
-    exp log and the like   the same after ± 2 units more (approximate hardware functions)
+    exp log and the like   the same after ± 2 units more (approximate hardware functions); exp also ± 0.6|x| units of float32
     Σ and matrix products  a float32 accumulation of n terms in unknown order. Adding one by one in a random order, the partial sums S_j
                            have Σ_j E[S_j²] = (n+1)(Q/6 + S²/3), with S the sum and Q the sum of the squares; each addition errs by
                            |S_j| u/√3 rms (u half a unit, relative), so the total has the deviation u √((n+1)(Q/6 + S²/3) / 3)
@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from ..ref.formats import FP64, Format
+from ..ref.formats import FP32, FP64, Format
 from .precision import Precision
 
 ROUNDED = {np.divide: 0.5, np.true_divide: 0.5, np.sqrt: 0.5, np.reciprocal: 0.5, np.add: 0.0, np.subtract: 0.0, np.multiply: 0.0}
 EXTRA_UNITS = 2.0  # of every other function that is not exact
+ARGUMENT_UNITS = 0.6  # of exp, for each unit of its argument: 2^(x·log2 e) with the product rounded to float32 (__expf, Triton's tl.exp)
+LEAST = 104.0  # exp(-104) is 0 in float32
 EXACT = {
     *(np.negative, np.positive, np.absolute, np.fabs, np.sign, np.copysign, np.maximum, np.minimum, np.fmax, np.fmin),
     *(np.floor, np.ceil, np.rint, np.trunc, np.ldexp, np.spacing, np.nextafter, np.clip),
@@ -35,7 +37,18 @@ class Noise:
         self.amplify = amplify
         self.rng = np.random.Generator(np.random.Philox(key=seed))
 
-    def rounded(self, x: np.ndarray, extra: float = 0.0, fmt: Format | None = None) -> np.ndarray:
+    def uniform(self, x: np.ndarray) -> np.ndarray:
+        """In [0,1), a function of the value (SplitMix64 of its bits and a fresh key): equal values round alike, as in a real kernel."""
+        flat = np.ascontiguousarray(x, dtype=np.float64).reshape(-1).view(np.uint64)
+        with np.errstate(over="ignore"):
+            z = flat ^ np.uint64(self.rng.integers(0, 2**64, dtype=np.uint64))
+            z = z + np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+        return ((z >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(np.shape(x))
+
+    def rounded(self, x: np.ndarray, extra: Any = 0.0, fmt: Format | None = None) -> np.ndarray:
         """x at one of its neighbours in the format, at random, the mean being x."""
         fmt = fmt or self.precision.work
         _, e = np.frexp(x)
@@ -45,10 +58,10 @@ class Noise:
             extra += 1.0  # the carrier has already rounded: x lies on the grid
         if self.amplify > 1.0:
             extra = (extra + 0.5) * self.amplify
-        if extra:
-            units = units + self.rng.uniform(-extra, extra, np.shape(x))
+        if np.any(extra):
+            units = units + extra * (2 * self.uniform(x) - 1)
         floor = np.floor(units)
-        units = floor + (self.rng.random(np.shape(x)) < units - floor)
+        units = floor + (self.uniform(x) < units - floor)
         return np.where(np.isfinite(x), np.ldexp(units, exponent), x)
 
     def accumulated(self, total: np.ndarray, squares: np.ndarray, n: int) -> np.ndarray:
@@ -56,7 +69,7 @@ class Noise:
         if n > 1:
             half = 2.0 ** -(self.precision.accumulate.mantissa_bits + 1)
             deviation = half * np.sqrt((n + 1) * (squares / 6 + total * total / 3) / 3) * self.amplify
-            total = total + deviation * self.rng.standard_normal(np.shape(total))
+            total = total + deviation * np.sqrt(-2 * np.log1p(-self.uniform(total))) * np.cos(2 * np.pi * self.uniform(total))
         return self.rounded(total)
 
 
@@ -88,7 +101,10 @@ class NoisyArray(np.ndarray):
             squares = np.asarray(np.add.reduce(plain[0] * plain[0], **keywords))
             result = noise.accumulated(result, squares, plain[0].size // max(np.size(result), 1))
         elif ufunc not in EXACT:
-            result = noise.rounded(result, ROUNDED.get(ufunc, EXTRA_UNITS))
+            extra: Any = ROUNDED.get(ufunc, EXTRA_UNITS)
+            if ufunc is np.exp and noise.precision.accumulate is FP32:
+                extra = extra + ARGUMENT_UNITS * np.minimum(np.abs(plain[0]), LEAST) * 2.0 ** (noise.precision.work.mantissa_bits - 23)
+            result = noise.rounded(result, extra)
         if out is not None:
             out[0][...] = result
             return out[0]

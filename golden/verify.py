@@ -307,7 +307,7 @@ def _ask(task: Task, question: Question, own: Mapping[str, Any], vector: Vector)
         return Judgement(FAIL, [str(error)]), None
     except Died as error:
         return Judgement(ERROR, [str(error)]), None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
         return Judgement(ERROR, [f"raised {text}"[:500]]), None
     return judge(question, returned, vector.band), returned

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
@@ -55,7 +56,9 @@ class IsolatedSubject:
             if not self._pipe.poll(self.timeout):
                 self.close()
                 raise Died(f"no answer within {self.timeout:g} s (--timeout)")
-            status, value = self._pipe.recv()
+            status, value = self._received()
+        except Died:
+            raise
         except (EOFError, ConnectionError, OSError) as error:
             raise Died(self._epitaph()) from error
         except Exception as error:
@@ -64,6 +67,16 @@ class IsolatedSubject:
         if status == "value":
             return value
         raise {"usage": UsageError, "refused": Refused, "misbehaved": Misbehaved}.get(status, RuntimeError)(value)
+
+    def _received(self) -> Any:
+        """The answer. A subject that writes into its own pipe can announce an answer that never ends: the time limit holds there too."""
+        assert self._process is not None
+        late = threading.Timer(self.timeout, self._process.kill)
+        late.start()
+        try:
+            return self._pipe.recv()
+        finally:
+            late.cancel()
 
     def _epitaph(self) -> str:
         assert self._process is not None

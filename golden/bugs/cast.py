@@ -3,7 +3,7 @@
 from typing import Any
 
 from ...ref.cast import decode, encode, quotient, round_to
-from ...ref.formats import CASTS, E4M3FN, E5M2, FORMATS, FP16, Format
+from ...ref.formats import BF16, CASTS, E4M3FN, E5M2, FORMATS, FP16, Format
 from ...ref.xp import Array, xp_of
 from . import Bug
 
@@ -65,6 +65,7 @@ BUGS = [
     *_of("e4m3-truncate", _truncated, CASTS, what="Rounded toward zero instead of to nearest."),
     *_of("fp8-double-rounding", _twice, FP8, what="Rounded twice, through float16: just above a midpoint it falls to the even side."),
     *_of("fp8-subnormal-flush", _flushed, FP8, what="Subnormals of the format are flushed to zero."),
+    *_of("subnormal-flush", _flushed, (BF16, FP16), what="Subnormals of the format are flushed to zero."),
     *_of("zero-sign-lost", _unsigned_zero, CASTS, what="The sign of a zero is lost."),
     Bug("fp8-subnormal-binade", ("decode.e4m3fn",), "Subnormal codes are read a binade too small.", fwd=_binade_too_small),
     Bug(

@@ -4,7 +4,7 @@ from typing import Any
 
 from ...ref.cast import encode
 from ...ref.formats import FORMATS
-from ...ref.fp8 import RECIPES, _round_scale_up, _spread, dequantize_tile_fwd, quantize_tile_fwd
+from ...ref.fp8 import RECIPES, _amax_and_linear_scale, _round_scale_up, _spread, dequantize_tile_fwd, quantize_tile_fwd
 from ...ref.xp import Array, xp_of
 from . import Bug
 
@@ -19,8 +19,14 @@ def _with_scale(change: Any) -> Any:
     return fwd
 
 
-def _max_240(scale: Array, attrs: dict) -> Array:
-    return scale * (448 / 240) if RECIPES[attrs.get("recipe", "v3")].power_of_two == "no" else scale * 2
+def _max_240(x: Array, **attrs: Any) -> tuple[tuple[Array, Array], tuple]:
+    """s from a/240, operation by operation as the recipe has it."""
+    o = {"recipe": "v3", "tile": 128, "axis": 1, **attrs}
+    xp, rule = xp_of(x), RECIPES[o["recipe"]]
+    rows = x if o["axis"] == 1 else xp.permute_dims(x, (1, 0))
+    _, s = _amax_and_linear_scale(rows, rule, o["tile"], 240.0)
+    s = s if rule.power_of_two == "no" else _round_scale_up(s, rule.power_of_two)
+    return quantize_tile_fwd(x, **{**attrs, "scale": s if o["axis"] == 1 else xp.permute_dims(s, (1, 0))})
 
 
 def _exponent_floor(scale: Array, attrs: dict) -> Array:
@@ -60,7 +66,7 @@ def _dropped(codes: Array, scale: Array, **attrs: Any) -> tuple[Array, tuple]:
 
 QUANTIZE, DEQUANTIZE = ("fp8.quantize_tile",), ("fp8.dequantize_tile",)
 BUGS = [
-    Bug("fp8-max-wrong", QUANTIZE, "The scale is amax/240 instead of amax/448.", fwd=_with_scale(_max_240)),
+    Bug("fp8-max-wrong", QUANTIZE, "The scale is amax/240 instead of amax/448.", fwd=_max_240),
     Bug(
         "fp8-scale-exponent-floor", QUANTIZE, "The power-of-two scale is rounded down, so codes saturate.", fwd=_with_scale(_exponent_floor)
     ),

@@ -1,0 +1,122 @@
+"""The judge's first duty: no correct implementation fails. tests/variants holds many, as different as real kernels are from each other."""
+
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+from leadline.golden.vectors import Store
+from leadline.golden.verify import Report, verify
+from variants import ALL, FAST_EXP, ROUNDED_FIRST, VARIANTS, Variant
+
+STORE = Store()
+OPS = list(dict.fromkeys((v.op, v.direction) for v in VARIANTS))
+PRECISIONS = (*ALL, "bf16-eager")
+# An op's variants one after the other, so that they share what is costly.
+ASKED = [(v, p) for op in OPS for p in PRECISIONS for v in VARIANTS if (v.op, v.direction) == op and p in v.precisions]
+ROUTER_ATTRS = (
+    {"mask_fill": "0"},
+    {"scoring": "softmax"},
+    {"scoring": "sqrtsoftplus"},
+    {"norm_topk_prob": False},
+    {"denominator_eps": 0.0},
+    {"scoring": "softmax", "norm_topk_prob": False},
+    {"n_group": 1, "topk_group": 1},
+)
+SHARES = ("max", "rms", "row", "block", "mean", "gain")
+
+
+def asked(variant: Variant, precision: str, seeds: Any, attrs: dict[str, Any] | None = None, profile: Any = "quick") -> Report:
+    return verify(
+        variant.at(precision),
+        op=variant.op,
+        precision=precision,
+        direction=variant.direction,
+        seeds=seeds,
+        attrs=attrs,
+        profile=profile,
+        explained=False,
+        store=STORE,
+    )
+
+
+def complaint(report: Report) -> str:
+    """Empty if every case passed; a case that was not asked is no pass."""
+    return "" if report.count("PASS") == len(report.results) > 0 else str(report)
+
+
+@pytest.mark.parametrize(("variant", "precision"), [pytest.param(v, p, id=f"{v.id}-{p}") for v, p in ASKED])
+def test_correct_implementations_pass(variant: Variant, precision: str) -> None:
+    """A correct implementation passes every case, of the stored vectors and of a fresh draw, at each precision that it computes in."""
+    report = asked(variant, precision, (1,) if variant.slow else (0, 1))
+    assert not complaint(report)
+
+
+@pytest.mark.parametrize("attrs", ROUTER_ATTRS, ids=str)
+def test_correct_routers_pass_with_other_attributes(attrs: dict[str, Any]) -> None:
+    """The same where attributes are asked for that differ from a case's own: another fill, score function, normalisation, no groups."""
+    routers = [v for v in VARIANTS if v.op == "router.noaux_tc"]
+    turn = ROUTER_ATTRS.index(attrs)
+    for variant in routers[turn % 2 :: 4]:
+        for precision in variant.precisions[:2]:
+            assert not complaint(asked(variant, precision, (2,), attrs))
+
+
+@pytest.mark.parametrize("overflow", ["saturate", "nan"])
+def test_correct_casts_pass_with_either_overflow(overflow: str) -> None:
+    """Both overflow rules, of every cast and encoding."""
+    for variant in VARIANTS:
+        if variant.op.startswith(("cast", "encode")) and not variant.slow:
+            assert not complaint(asked(variant, "fp32", (1,), {"overflow": overflow}))
+
+
+@pytest.mark.parametrize("variant", ROUNDED_FIRST, ids=lambda v: v.id)
+def test_either_cast_order_passes_as_what_it_says(variant: Variant) -> None:
+    """An RMSNorm that rounds x·rstd to bfloat16 before the weight passes once cast_order says so."""
+    assert not complaint(asked(variant, "bf16", (0, 1), {"cast_order": "cast_then_weight"}))
+
+
+@pytest.mark.parametrize("precision", FAST_EXP.precisions)
+def test_the_hardware_exponential_passes(precision: str) -> None:
+    """exp(x) as 2^(x·log2 e) with the product rounded, which is what CUDA's __expf and Triton's tl.exp compute, is a correct float32 exp:
+    its error grows with |x|, by design. (The case v3-low has logits down to -60.)"""
+    for attrs in ({}, {"scoring": "softmax"}, {"scoring": "sqrtsoftplus"}):
+        assert not complaint(asked(FAST_EXP, precision, (0, 1), attrs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "direction"), OPS)
+def test_correct_implementations_pass_200_draws(op: str, direction: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No false alarm in 200 draws of every case at every precision; the largest share statistic/limit is printed.
+
+    Last run 2026-11-22, begun with equal values rounding alike and the largest element judged by its reach (both were found by this test):
+    before, rmsnorm backward had 4 false alarms in 48,000 cases (model at bf16, elements that cancel) and the router's backward 5 in 20
+    draws of v3-ties at fp32.
+    """
+    variants = [v for v in (*VARIANTS, FAST_EXP) if (v.op, v.direction) == (op, direction)]
+    largest: dict[tuple[str, str], tuple[float, str]] = {}
+    counts: Counter[str] = Counter()
+    complaints: list[str] = []
+    started = time.perf_counter()
+    for seed in range(200):
+        for precision in PRECISIONS:
+            for variant in variants:
+                if precision not in variant.precisions or (variant.slow and seed % 20):
+                    continue
+                report = asked(variant, precision, (seed,), profile="full")
+                counts.update(r.verdict for r in report.results)
+                counts["ambiguous"] += report.ambiguous
+                if problem := complaint(report):
+                    complaints.append(f"{variant.id} {precision} seed {seed}: {problem}")
+                for result in report.results:
+                    for output, found in result.statistics.items():
+                        for name in SHARES:
+                            if result.limits[output].get(name, 0) > 0:
+                                share = float(found[name] / result.limits[output][name])
+                                where = f"{share:.3f} {output} by {variant.name}, {result.case}, seed {seed}"
+                                largest[precision, name] = max(largest.get((precision, name), (0.0, "")), (share, where))
+    with capsys.disabled():
+        print(f"\n{op} {direction}: {dict(counts)} in {time.perf_counter() - started:.0f} s")
+        for (precision, name), (_, where) in sorted(largest.items()):
+            print(f"  {precision:10} {name:5} {where}")
+    assert not complaints, "\n".join(complaints[:20])
