@@ -43,7 +43,8 @@ class Source:
 def ulp(fmt: Format, x: np.ndarray) -> np.ndarray:
     """The unit in the last place of |x| in the format, its smallest for zero."""
     _, e = np.frexp(np.where(np.isfinite(x), x, 1.0))
-    return np.ldexp(1.0, np.maximum(e - 1, fmt.emin) - fmt.mantissa_bits)
+    exponent = np.where(np.equal(x, 0), fmt.emin, np.maximum(e - 1, fmt.emin))  # frexp(0) is (0, 0)
+    return np.ldexp(1.0, exponent - fmt.mantissa_bits)
 
 
 def boundary(source: Source, shape: tuple[int, ...], fmt: Format, io: Format) -> np.ndarray:
