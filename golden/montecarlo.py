@@ -62,7 +62,7 @@ class Noise:
             units = units + extra * (2 * self.uniform(x) - 1)
         floor = np.floor(units)
         units = floor + (self.uniform(x) < units - floor)
-        return np.where(np.isfinite(x), np.ldexp(units, exponent), x)
+        return np.where(np.isfinite(x) & (x != 0), np.ldexp(units, exponent), x)  # 0/n, √0 and 0·x are exact everywhere
 
     def accumulated(self, total: np.ndarray, squares: np.ndarray, n: int) -> np.ndarray:
         """A sum of n terms, added up in unknown order."""
