@@ -33,11 +33,13 @@ class Source:
         return low + (self.words(int(np.prod(shape))) % np.uint64(high - low)).astype(np.int64).reshape(shape)
 
     def normal(self, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
-        """Twelve 16-bit uniforms, summed and centred: variance 1, no logarithm that could differ between machines, within ±6."""
+        """Twelve 16-bit uniforms, summed and centred, and a 32-bit fraction: variance 1, within ±6, every low bit of float32 in use, no
+        logarithm that could differ between machines."""
         count = int(np.prod(shape))
         parts = self.words(3 * count).view(np.uint16).reshape(count, 12).astype(np.int64)
-        total = parts.sum(axis=1) - 6 * 65535
-        return (total.astype(np.float64) * 2.0**-16).reshape(shape) * scale
+        fraction = (self.words(count) >> np.uint64(32)).astype(np.float64) * 2.0**-32
+        total = (parts.sum(axis=1) - 6 * 65535).astype(np.float64) + (fraction - 0.5)
+        return (total * 2.0**-16).reshape(shape) * scale
 
 
 def ulp(fmt: Format, x: np.ndarray) -> np.ndarray:

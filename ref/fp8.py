@@ -135,6 +135,8 @@ def quantize_tile_fwd(
         )
         return (xp.permute_dims(codes, (1, 0)), xp.permute_dims(scale, (1, 0))), saved
     rule, fmt = RECIPES[recipe], FORMATS[format]
+    if scale is not None and tuple(scale.shape) != (x.shape[0], -(-x.shape[1] // tile)):
+        raise ValueError(f"fp8.quantize_tile: scale has shape {tuple(scale.shape)}; expected one number a tile of {tile}")
     a, s = _amax_and_linear_scale(x, rule, tile, fmt.max)
     if scale is None:
         scale = s if rule.power_of_two == "no" else _round_scale_up(s, rule.power_of_two)
@@ -181,6 +183,8 @@ def dequantize_tile_fwd(
     """
     xp = xp_of(codes)
     n, d = codes.shape
+    if tile < 1:
+        raise ValueError(f"fp8.dequantize_tile: tile is {tile}; expected tile >= 1")
     expected = (n, -(-d // tile)) if axis == 1 else (-(-n // tile), d)
     if codes.dtype != xp.uint8:
         raise ValueError(f"fp8.dequantize_tile: codes are {codes.dtype}; expected uint8")

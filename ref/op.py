@@ -13,6 +13,8 @@ and rounds up. A kind follows the colon:
 import difflib
 import functools
 import inspect
+import math
+import numbers
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -61,11 +63,15 @@ def signature(sig: str) -> Callable[[Callable], Callable]:
     inputs, _ = parse(sig)
 
     def wrap(fwd: Callable) -> Callable:
-        name = fwd.__name__.removesuffix("_fwd")
         parameters = inspect.signature(fwd).parameters
 
         @functools.wraps(fwd)
         def checked(*arrays: Array, **keywords: Any) -> Any:
+            name = checked.op_name  # type: ignore[attr-defined]
+            twice = [t.name for t in inputs[: len(arrays)] if t.name in keywords]
+            if twice or len(arrays) > len(inputs):
+                problem = f"{twice[0]} is given twice" if twice else f"{len(arrays)} arrays are given"
+                raise ValueError(f"{name}: {problem}; expected {', '.join(t.name for t in inputs)}")
             named = dict(zip((t.name for t in inputs), arrays, strict=False)) | {
                 t.name: keywords.pop(t.name) for t in inputs if t.name in keywords
             }
@@ -76,6 +82,7 @@ def signature(sig: str) -> Callable[[Callable], Callable]:
             return fwd(*(named[t.name] for t in inputs), **keywords)
 
         checked.sig = sig  # type: ignore[attr-defined]
+        checked.op_name = fwd.__name__.removesuffix("_fwd")  # type: ignore[attr-defined]
         return checked
 
     return wrap
@@ -111,10 +118,13 @@ def check_attr(op: str, parameter: inspect.Parameter, value: Any) -> None:
     if get_origin(expected) is Literal:
         if value not in get_args(expected) or type(value) not in {type(a) for a in get_args(expected)}:
             raise ValueError(f"{op}: {parameter.name} is {value!r}; expected one of {', '.join(map(str, get_args(expected)))}")
-    elif expected is bool or expected is int or expected is float:
-        fits = isinstance(value, bool) if expected is bool else isinstance(value, (int, expected)) and not isinstance(value, bool)
-        if not fits:
-            raise ValueError(f"{op}: {parameter.name} is {value!r}; expected {expected.__name__}")
+    elif expected in KIND_OF_NUMBER:
+        fits = isinstance(value, KIND_OF_NUMBER[expected]) and (expected is bool or not isinstance(value, bool))
+        if not fits or (expected is float and not math.isfinite(value)):
+            raise ValueError(f"{op}: {parameter.name} is {value!r}; expected a finite {expected.__name__}")
+
+
+KIND_OF_NUMBER = {bool: bool, int: numbers.Integral, float: numbers.Real}  # NumPy's scalars are numbers too
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,7 @@ def declare(op: Op) -> Op:
     """Adds an op to the registry, once."""
     if op.name in OPS:
         raise ValueError(f"op {op.name} is declared twice")
+    op.fwd.op_name = op.name  # type: ignore[attr-defined]  # what messages call it
     OPS[op.name] = op
     return op
 

@@ -15,7 +15,7 @@ MaskFill = Literal["-inf", "0"]
 def scores_of(logits: Array, scoring: Scoring) -> Array:
     """s[n,e]: sigmoid, softmax over e, or the square root of softplus (V4), none of which overflows"""
     xp = xp_of(logits)
-    small = xp.exp(-xp.abs(logits))  # in (0,1]
+    small = xp.exp(-xp.where(logits >= 0, logits, -logits))  # in (0,1]; abs has no derivative at 0, and autodiff may come through here
     if scoring == "sigmoid":
         return xp.where(logits >= 0, xp.ones_like(small), small) / (1 + small)
     if scoring == "softmax":
@@ -87,7 +87,9 @@ def router_noaux_tc_fwd(
     xp = xp_of(logits)
     _check(logits, bias, k, n_group, topk_group)
     s = scores_of(logits, scoring)  # [n,e]
-    if topk_idx is None:
+    if topk_idx is not None:
+        _check_given(topk_idx, n=logits.shape[0], k=k, e=logits.shape[1])
+    else:
         t = s + bias
         if n_group > 1:
             keep = is_among(largest(group_scores(t, n_group), topk_group), n_group)  # [n,n_group]
@@ -181,6 +183,20 @@ def _check(logits: Array, bias: Array, k: int, n_group: int, topk_group: int) ->
         if not bool(xp.all(xp.isfinite(array))):
             where = ", ".join(str(int(v[0])) for v in xp.nonzero(~xp.isfinite(array)))
             raise ValueError(f"{op}: {name}[{where}] is not finite; expected finite numbers")
+
+
+def _check_given(topk_idx: Array, n: int, k: int, e: int) -> None:
+    xp, op = xp_of(topk_idx), "router.noaux_tc"
+    if not xp.isdtype(topk_idx.dtype, "integral") or tuple(topk_idx.shape) != (n, k):
+        raise ValueError(f"{op}: topk_idx is {topk_idx.dtype}{tuple(topk_idx.shape)}; expected integers [{n}, {k}]")
+    bad = (topk_idx < 0) | (topk_idx >= e)
+    if bool(xp.any(bad)):
+        i, j = (int(v[0]) for v in xp.nonzero(bad))
+        raise ValueError(f"{op}: topk_idx[{i}, {j}] is {int(topk_idx[i, j])}; expected 0 to {e - 1}")
+    ordered = xp.sort(topk_idx, axis=-1)
+    repeated = xp.any(ordered[:, 1:] == ordered[:, :-1], axis=-1)
+    if bool(xp.any(repeated)):
+        raise ValueError(f"{op}: topk_idx[{int(xp.nonzero(repeated)[0][0])}] chooses an expert twice; expected distinct experts")
 
 
 V3 = {"k": 8, "n_group": 8, "topk_group": 4}

@@ -32,7 +32,7 @@ def test_transformers_norm_fails_at_bf16_where_it_does_not_say_how_it_rounds() -
     """Its two roundings are beyond what one rounding allows: the difference is declared, and without that it is named."""
     from leadline.golden.subjects import transformers as theirs
 
-    def norm(x, weight, eps):  # noqa: ANN001, ANN202 (torch tensors)
+    def norm(x, weight, eps):
         return theirs.rmsnorm(x, weight, eps, "cast_then_weight")
 
     report = verify(norm, "rmsnorm", precision="bf16", framework="torch")
