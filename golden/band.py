@@ -63,9 +63,9 @@ def statistics(z: np.ndarray, strength: np.ndarray, reach: np.ndarray) -> dict[s
     }
 
 
-def floor_of(precision: Precision, truth: np.ndarray) -> np.ndarray:
-    """Half a unit in the last place of the output's format; none where the truth is zero."""
-    return np.where(np.isfinite(truth) & (truth != 0), ulp(precision.io, truth) / 2, 0.0)
+def floor_of(precision: Precision, truth: np.ndarray, disturbed: np.ndarray | bool = False) -> np.ndarray:
+    """Half a unit in the last place of the output's format; none where the truth is a zero that no rounding disturbs."""
+    return np.where(np.isfinite(truth) & ((truth != 0) | disturbed), ulp(precision.io, truth) / 2, 0.0)
 
 
 def in_sigma(error: np.ndarray, sigma: np.ndarray) -> np.ndarray:
@@ -142,7 +142,7 @@ def band_of(
     given = {op.choice[0]: choice} if op.choice and choice is not None else {}
     truth = truth_of(op, direction, {**inputs, **given}, attrs)
     band = Band(truth)
-    _, outputs = op.signature_of(direction)
+    _, outputs = op.signature_of(direction, inputs)
     names = [t.name for t in outputs if t.kind == "real"]
     if not names:
         return band
@@ -152,9 +152,10 @@ def band_of(
     for name in names:
         exact = truth[name]
         finite = np.isfinite(exact)
-        floor = floor_of(precision, exact)
         raw = np.where(finite & np.isfinite(runs[name]), runs[name] - np.where(finite, exact, 0.0), 0.0)
-        errors = np.where(finite, round_to(precision.io, runs[name], overflow="nan") - exact, 0.0)
+        floor = floor_of(precision, exact, np.any(raw != 0, axis=0))
+        errors = round_to(precision.io, runs[name], overflow="nan") - np.where(finite, exact, 0.0)
+        errors = np.where(finite, errors, 0.0)
         errors = np.where(np.isfinite(errors), errors, 0.0)
         band.sigma[name] = np.hypot(np.sqrt(np.mean(raw * raw, axis=0)), floor)
         band.limits[name] = limits_of(errors, raw, floor, np.where(finite, exact, 0.0))

@@ -88,6 +88,13 @@ def zero_rows(source: Source, shape: tuple[int, ...], scale: float) -> np.ndarra
     return x
 
 
+def some_infinite(source: Source, shape: tuple[int, ...], scale: float) -> np.ndarray:
+    """Normal, a third of the elements +inf or -inf, and all of the last column"""
+    kind = source.integers(shape, 0, 6)
+    kind[..., -1] = 0
+    return np.where(kind == 0, np.inf, np.where(kind == 1, -np.inf, source.normal(shape, scale)))
+
+
 def rows_wide(source: Source, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
     """Normal rows of very different size; the first is zero, the second far below every clamp"""
     scale = np.ldexp(1.0, source.integers((*shape[:-1], 1), low, high))
@@ -131,12 +138,26 @@ def tile_edges(source: Source, shape: tuple[int, ...], tile: int) -> np.ndarray:
     return x
 
 
+def ascending(source: Source, shape: tuple[int, ...], *starts: int) -> np.ndarray:
+    """Positions: each row counts up from its own start (a sequence that has begun before)"""
+    first = np.resize(np.array(starts or (0,)), (*shape[:-1], 1))
+    return first + np.arange(shape[-1])
+
+
+INTEGERS: dict[str, Draw] = {
+    "ascending": ascending,
+    "positions": lambda source, shape, *values: np.resize(np.array(values), shape),
+    "integers": Source.integers,
+    "pages": lambda source, shape, count: np.argsort(source.words(count))[: int(np.prod(shape))].reshape(shape),
+}
+
 DRAWS: dict[str, Draw] = {
     "normal": Source.normal,
     "uniform": Source.uniform,
     "const": lambda source, shape, value: np.full(shape, value),
     "steps": lambda source, shape, count, step: source.integers(shape, -count, count + 1) * step,
     "wide": wide,
+    "some_infinite": some_infinite,
     "outliers": outliers,
     "zero_rows": zero_rows,
     "rows_wide": rows_wide,
@@ -150,6 +171,8 @@ def draw(op: Op, tensor: Tensor, spec: tuple, shape: tuple[int, ...], source: So
     """One array in the precision's format, on its carrier."""
     kind, *parameters = spec
     fmt = FORMATS.get(op.name.rsplit(".", 1)[-1], FORMATS["e4m3fn"])
+    if kind in INTEGERS:
+        return INTEGERS[kind](source, shape, *parameters).astype(np.int64)
     if kind == "codes":
         return (np.arange(int(np.prod(shape))) % 2**fmt.bits).astype(fmt.code_dtype).reshape(shape)
     if kind == "every_bf16":
@@ -166,7 +189,7 @@ def draw(op: Op, tensor: Tensor, spec: tuple, shape: tuple[int, ...], source: So
 def draw_case(op: Op, case: Case, direction: str, precision: Precision, seed: int = 0) -> dict[str, np.ndarray]:
     """The inputs of a case by name. A decision that the backward needs (chosen experts) is the reference's own, in float64."""
     letters: Mapping[str, int] = {**op.defaults, **case.attrs, **case.dims}
-    tensors, _ = op.signature_of(direction)
+    tensors, _ = op.signature_of(direction, case.draw)
     arrays: dict[str, np.ndarray] = {}
     for tensor in tensors:
         if tensor.name in case.draw:

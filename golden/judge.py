@@ -60,7 +60,7 @@ def judge(question: Question, returned: Mapping[str, Returned], band: Band) -> J
     """Holds the outputs to the band. Decisions first; the rest is then judged for the decision that the subject made."""
     judgement = Judgement()
     op, precision = question.op, question.precision
-    _, tensors = op.signature_of(question.direction)
+    _, tensors = op.signature_of(question.direction, question.inputs)
     for tensor in tensors:
         if problem := _form(tensor, returned[tensor.name], band.truth[tensor.name], precision):
             judgement.fail(problem)
@@ -234,17 +234,19 @@ def _real(name: str, got: np.ndarray, band: Band, judged: np.ndarray, precision:
         return
     usable = judged & finite & np.isfinite(truth)
     error = np.where(usable, got - np.where(usable, truth, 0.0), 0.0)
-    certain = (sigma == 0) & (error != 0)
+    certain = usable & (sigma == 0) & (round_to(precision.io, got, overflow="nan") != truth)  # no rounding disturbs these
     if certain.any():
         at = tuple(int(i) for i in np.argwhere(certain)[0])
         judgement.fail(f"{name}[{_at(at)}] is {got[at]:.6g}; expected exactly {truth[at]:.6g} [{int(certain.sum())} such elements]")
     z = in_sigma(error, sigma)
     strength = in_sigma(np.where(usable, truth, 0.0), sigma)
-    found = statistics(z, strength, reach(floor_of(precision, truth), sigma))
+    found = statistics(z, strength, reach(floor_of(precision, truth, sigma > 0), sigma))
     judgement.statistics[name], judgement.limits[name] = found, band.limits[name]
     beyond = [s for s in found if found[s] > band.limits[name][s]]
     if beyond:
-        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(np.abs(z) / reach(floor_of(precision, truth), sigma))), z.shape))
+        at = tuple(
+            int(i) for i in np.unravel_index(int(np.argmax(np.abs(z) / reach(floor_of(precision, truth, sigma > 0), sigma))), z.shape)
+        )
         parts = ", ".join(f"{s} {found[s]:.3g}{UNITS[s]} (limit {band.limits[name][s]:.3g})" for s in beyond)
         judgement.fail(f"{name} is off by {parts}; worst {name}[{_at(at)}] = {got[at]:.8g}, truth {truth[at]:.8g}, σ {sigma[at]:.2g}")
 
@@ -282,7 +284,7 @@ def _at(index: tuple[int, ...]) -> str:
 
 def as_returned(question: Question, outputs: Mapping[str, np.ndarray]) -> dict[str, Returned]:
     """A reference's (or a bug's) float64 outputs as a subject of the precision would return them: rounded once at the end."""
-    _, tensors = question.op.signature_of(question.direction)
+    _, tensors = question.op.signature_of(question.direction, question.inputs)
     result = {}
     for t in tensors:
         y = np.asarray(outputs[t.name])

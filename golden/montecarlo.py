@@ -12,6 +12,8 @@ operations. Values are carried in float64. The noise of an operation, in units o
     max, sort, |x|, -x     exact
 """
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,12 @@ class Noise:
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             z = z ^ (z >> np.uint64(31))
         return ((z >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(np.shape(x))
+
+    def widened(self) -> "Noise":
+        """The same stream of random numbers, with operations that round to the accumulation's format."""
+        wide = copy.copy(self)
+        wide.precision = replace(self.precision, work=self.precision.accumulate)
+        return wide
 
     def rounded(self, x: np.ndarray, extra: Any = 0.0, fmt: Format | None = None) -> np.ndarray:
         """x at one of its neighbours in the format, at random, the mean being x."""
@@ -84,6 +92,13 @@ class NoisyArray(np.ndarray):
     def __stored__(self) -> "NoisyArray":
         noise = self.noise
         return self if noise is None else _noisy(noise.rounded(np.asarray(self), fmt=noise.precision.io), noise)
+
+    def __constant__(self, values: np.ndarray) -> "NoisyArray":
+        """Numbers beside this array, in the float32 arithmetic that positions and frequencies have even in 16-bit models."""
+        noise = self.noise
+        assert noise is not None
+        wide = noise.widened()
+        return _noisy(wide.rounded(np.asarray(values, dtype=np.float64)), wide)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **keywords: Any) -> Any:
         noise = next(i.noise for i in (*inputs, *(out or ())) if isinstance(i, NoisyArray) and i.noise is not None)

@@ -40,6 +40,7 @@ class Contract:
 
     attrs: tuple[str, ...]
     takes_choice: bool
+    left_out: tuple[str, ...] = ()  # optional inputs that it has no parameter for
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Subject:
         contract = self.contract(op, direction)
         if fn is None or contract is None:
             raise Refused(f"{self.name} has no {op.name} {direction}")
-        tensors, outputs = op.signature_of(direction)
+        tensors, outputs = op.signature_of(direction, inputs)
         if op.choice and not contract.takes_choice:
             tensors = tuple(t for t in tensors if t.name != op.choice[0])
         given = {t.name: frameworks.hand_over(inputs[t.name], p.format_of(t), t.kind, self.framework) for t in tensors}
@@ -108,7 +109,8 @@ def fit(fn: Callable, op: Op, direction: str, name: str) -> Contract:
         return Contract(tuple(attrs), True)
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     takes = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    missing = [n for n in names if n not in takes and n != choice and not anything]
+    optional = {t.name for t in tensors if t.optional}
+    missing = [n for n in names if n not in takes and n != choice and n not in optional and not anything]
     foreign = [
         n
         for n, p in parameters.items()
@@ -120,7 +122,8 @@ def fit(fn: Callable, op: Op, direction: str, name: str) -> Contract:
         wants = ", ".join(n for n in names if n != choice) + (f" (and, if it likes, {', '.join(([choice] if choice else []) + attrs)})")
         raise UsageError(f"{name} takes {takes_text}; {op.name} {direction} passes by keyword {wants}")
     accepted = tuple(a for a in attrs if anything or a in takes)
-    return Contract(accepted, choice is not None and (anything or choice in takes))
+    left_out = tuple(n for n in sorted(optional) if not anything and n not in takes)
+    return Contract(accepted, choice is not None and (anything or choice in takes), left_out)
 
 
 def _by_name(result: Any, names: list[str], kinds: list[str]) -> dict[str, Returned]:

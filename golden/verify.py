@@ -242,6 +242,7 @@ def _run(task: Task, attrs: dict, store: Store, explained: bool) -> CaseResult:
         for name in own
         if name not in task.contract.attrs and name in task.case.attrs and own[name] != task.op.defaults[name]
     ]
+    untaken += [name for name in task.contract.left_out if name in task.case.draw]
     if untaken:
         result.reason = f"the subject does not take {', '.join(untaken)}"
         return result

@@ -8,6 +8,8 @@ and rounds up. A kind follows the colon:
     exact   floating point output, judged bit for bit
     code    bit patterns: uint8 or uint16
     index   integers; as an output, a choice that is compared as a set along the last axis
+
+An input whose name ends in "?" may be left out (a model without a query LoRA has no q_a_proj); its gradient is then left out too.
 """
 
 import difflib
@@ -16,7 +18,7 @@ import inspect
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
@@ -34,6 +36,7 @@ class Tensor:
     name: str
     dims: tuple[str, ...]
     kind: str
+    optional: bool = False
 
     def shape(self, letters: Mapping[str, Any]) -> tuple[int, ...]:
         return tuple(extent(dim, letters) for dim in self.dims)
@@ -49,7 +52,10 @@ def extent(dim: str, letters: Mapping[str, Any]) -> int:
 def parse(sig: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The inputs and the outputs of a signature."""
     sides = [
-        tuple(Tensor(n, tuple(d.split(",")), k or "real") for n, d, k in re.findall(r"(\w+)\[([^\]]*)\](?::(\w+))?", side))
+        tuple(
+            Tensor(n, tuple(d.split(",")) if d else (), k or "real", bool(o))
+            for n, o, d, k in re.findall(r"(\w+)(\??)\[([^\]]*)\](?::(\w+))?", side)
+        )
         for side in sig.split("->")
     ]
     inputs, outputs = sides
@@ -79,7 +85,7 @@ def signature(sig: str) -> Callable[[Callable], Callable]:
             for key, value in keywords.items():
                 if key in parameters:
                     check_attr(name, parameters[key], value)
-            return fwd(*(named[t.name] for t in inputs), **keywords)
+            return fwd(*(named.get(t.name) for t in inputs), **keywords)
 
         checked.sig = sig  # type: ignore[attr-defined]
         checked.op_name = fwd.__name__.removesuffix("_fwd")  # type: ignore[attr-defined]
@@ -92,6 +98,8 @@ def bind(op: str, tensors: tuple[Tensor, ...], arrays: Mapping[str, Array]) -> d
     """The value of every letter, or a ValueError that names the array that does not fit."""
     letters: dict[str, int] = {}
     for tensor in tensors:
+        if tensor.optional and arrays.get(tensor.name) is None:
+            continue
         if tensor.name not in arrays:
             raise ValueError(f"{op}: {tensor.name} is missing; expected an array [{','.join(tensor.dims)}]")
         array = arrays[tensor.name]
@@ -182,25 +190,29 @@ class Op:
     def defaults(self) -> dict[str, Any]:
         return {name: p.default for name, p in self.attrs.items()}
 
-    def signature_of(self, direction: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The arrays in and out. Backward takes the forward's inputs, its decision and d<output>, and returns d<input>."""
+    def signature_of(self, direction: str, given: Collection[str] | None = None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The arrays in and out. Backward takes the forward's inputs, its decision and d<output>, and returns d<input>.
+
+        With the names that are given, optional inputs that are not among them are left out, and their gradients.
+        """
+        inputs = tuple(t for t in self.inputs if not t.optional or given is None or t.name in given)
         if direction == "forward":
-            return self.inputs, self.outputs
+            return inputs, self.outputs
         chosen = tuple(t for t in self.outputs if self.choice and t.name == self.choice[0])
         grads = tuple(Tensor(f"d{t.name}", t.dims, "real") for t in self.outputs if t.kind == "real")
-        wrt = tuple(Tensor(f"d{t.name}", t.dims, "real") for t in self.inputs if t.kind == "real")
-        return (*self.inputs, *chosen, *grads), wrt
+        wrt = tuple(Tensor(f"d{t.name}", t.dims, "real", t.optional) for t in inputs if t.kind == "real")
+        return (*inputs, *chosen, *grads), wrt
 
     def run(self, direction: str, inputs: Mapping[str, Array], attrs: Mapping[str, Any]) -> dict[str, Array]:
         """Outputs by name. A decision among the inputs is taken as given."""
         given = {self.choice[0]: inputs[self.choice[0]]} if self.choice and self.choice[0] in inputs else {}
-        result, saved = self.fwd(*(inputs[t.name] for t in self.inputs), **attrs, **given)
+        result, saved = self.fwd(*(inputs.get(t.name) if t.optional else inputs[t.name] for t in self.inputs), **attrs, **given)
         tensors = self.outputs
         if direction == "backward":
             if self.bwd is None:
                 raise ValueError(f"{self.name} has no backward; expected direction forward")
             result = self.bwd(*(inputs[f"d{t.name}"] for t in self.outputs if t.kind == "real"), saved)
-            tensors = self.signature_of("backward")[1]
+            tensors = self.signature_of("backward", inputs)[1]
         return dict(zip((t.name for t in tensors), result if isinstance(result, tuple) else (result,), strict=True))
 
 

@@ -40,6 +40,13 @@ def exponent_range(xp: Any, dtype: Any) -> tuple[int, int]:
     raise ValueError(f"the carrier is {dtype}; expected float32 or float64 (low precision is simulated on these)")
 
 
+def constant(x: Array, values: Any) -> Array:
+    """Numbers beside x: in its dtype, on its device; where a claimed precision is simulated, in float32 arithmetic at least."""
+    array = xp_of(x).asarray(values, dtype=x.dtype, device=device(x))
+    hook = getattr(x, "__constant__", None)
+    return array if hook is None else hook(array)
+
+
 def stored(x: Array) -> Array:
     """Marks a place where an implementation stores an intermediate in the activations' own format.
 
