@@ -4,11 +4,17 @@ Letters: b batch, s query position, t key position, n flattened tokens, h head, 
 e expert, k top-k slot.
 """
 
+from .attention import attention_bwd, attention_fwd, attention_merge_bwd, attention_merge_fwd
 from .cast import decode, encode, round_to
+from .config import Config
 from .formats import BF16, E4M3FN, E5M2, FORMATS, FP16, FP32, FP64, Format
 from .fp8 import RECIPES, Recipe, dequantize_tile_fwd, quantize_tile_fwd
+from .linear import linear_bwd, linear_fwd
+from .mla import mla_absorb_bwd, mla_absorb_fwd, mla_prefill_bwd, mla_prefill_fwd
+from .mla_decode import mla_decode_fwd
 from .norm import rmsnorm_bwd, rmsnorm_fwd
 from .op import OPS, Case, Op, op_named
+from .rope import rope_bwd, rope_fwd
 from .router import router_noaux_tc_bwd, router_noaux_tc_fwd
 from .xp import xp_of
 
@@ -23,16 +29,30 @@ __all__ = [
     "OPS",
     "RECIPES",
     "Case",
+    "Config",
     "Format",
     "Op",
     "Recipe",
+    "attention_bwd",
+    "attention_fwd",
+    "attention_merge_bwd",
+    "attention_merge_fwd",
     "decode",
     "dequantize_tile_fwd",
     "encode",
+    "linear_bwd",
+    "linear_fwd",
+    "mla_absorb_bwd",
+    "mla_absorb_fwd",
+    "mla_decode_fwd",
+    "mla_prefill_bwd",
+    "mla_prefill_fwd",
     "op_named",
     "quantize_tile_fwd",
     "rmsnorm_bwd",
     "rmsnorm_fwd",
+    "rope_bwd",
+    "rope_fwd",
     "round_to",
     "router_noaux_tc_bwd",
     "router_noaux_tc_fwd",
