@@ -240,13 +240,12 @@ def _real(name: str, got: np.ndarray, band: Band, judged: np.ndarray, precision:
         judgement.fail(f"{name}[{_at(at)}] is {got[at]:.6g}; expected exactly {truth[at]:.6g} [{int(certain.sum())} such elements]")
     z = in_sigma(error, sigma)
     strength = in_sigma(np.where(usable, truth, 0.0), sigma)
-    found = statistics(z, strength, reach(floor_of(precision, truth, sigma > 0), sigma))
+    reaches = reach(floor_of(precision, truth, sigma > 0), sigma)
+    found = statistics(z, strength, reaches)
     judgement.statistics[name], judgement.limits[name] = found, band.limits[name]
     beyond = [s for s in found if found[s] > band.limits[name][s]]
     if beyond:
-        at = tuple(
-            int(i) for i in np.unravel_index(int(np.argmax(np.abs(z) / reach(floor_of(precision, truth, sigma > 0), sigma))), z.shape)
-        )
+        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(np.abs(z) / reaches)), z.shape))
         parts = ", ".join(f"{s} {found[s]:.3g}{UNITS[s]} (limit {band.limits[name][s]:.3g})" for s in beyond)
         judgement.fail(f"{name} is off by {parts}; worst {name}[{_at(at)}] = {got[at]:.8g}, truth {truth[at]:.8g}, σ {sigma[at]:.2g}")
 

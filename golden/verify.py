@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from ..ref.op import OPS, Case, Op, check_attr, op_named
 from . import vectors
-from .band import band_of
+from .band import band_of, truth_of
 from .errors import Misbehaved, Refused, UsageError
 from .explain import Explanation, consolidate, explain
 from .judge import ERROR, FAIL, PASS, SKIPPED, Judgement, Question, Returned, judge
@@ -275,12 +275,8 @@ def _question(task: Task, attrs: Mapping[str, Any], own: Mapping[str, Any], stor
     if {**op.defaults, **case.attrs} != own:
         inputs = vector.inputs
         if op.choice and op.choice[0] in inputs:  # the decision that belongs to these attributes
-            inputs = {
-                **inputs,
-                op.choice[0]: band_of(op, "forward", {t.name: inputs[t.name] for t in op.inputs}, attrs, task.precision).truth[
-                    op.choice[0]
-                ],
-            }
+            forward = {t.name: inputs[t.name] for t in op.inputs}
+            inputs = {**inputs, op.choice[0]: truth_of(op, "forward", forward, attrs)[op.choice[0]]}
         band = band_of(op, task.direction, inputs, attrs, task.precision)
         vector = Vector(op, case, task.direction, task.precision, inputs, band)
     return Question(op, task.direction, vector.inputs, attrs, task.precision, task.subject.any_tie, task.contract.takes_choice), vector

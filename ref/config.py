@@ -86,8 +86,8 @@ class Config:
 
     def attention(self) -> dict[str, Any]:
         """The attributes of mla.prefill and mla.absorb."""
-        names = ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "factor", *YARN[1:2])
-        shared = {name: getattr(self, name) for name in (*names, "beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+        sizes = ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+        shared = {name: getattr(self, name) for name in (*sizes, *YARN)}
         return {**shared, "theta": self.rope_theta, "max_position": self.max_position_embeddings}
 
     @classmethod

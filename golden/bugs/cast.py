@@ -13,7 +13,7 @@ def _names(*formats: Format) -> tuple[str, ...]:
 
 
 def _of(name: str, round_magnitude: Any, formats: tuple[Format, ...], **about: Any) -> list[Bug]:
-    """One bug of the rounding, as a variant of cast and of encode : round_magnitude(fmt, x) is what is then rounded rightly."""
+    """One bug of the rounding, as a variant of cast and of encode: round_magnitude(fmt, x) is what is then rounded rightly."""
     bugs = []
     for op in _names(*formats):
         kind, fmt = op.split(".")[0], FORMATS[op.split(".")[1]]
