@@ -39,8 +39,8 @@ class Band:
 def reach(floor: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     """How far an element may reach, in its σ: half a unit, which no rounding exceeds, and six deviations of what is rounded, which has
     tails. σ² = floor² + s², so that s is had back."""
-    s = np.sqrt(np.maximum(sigma * sigma - floor * floor, 0.0))
-    return np.divide(floor + DEVIATIONS * s, sigma, out=np.ones_like(sigma), where=sigma > 0)
+    share = np.divide(floor, sigma, out=np.ones_like(sigma), where=sigma > 0)
+    return share + DEVIATIONS * np.sqrt(np.maximum(1.0 - share * share, 0.0))
 
 
 def statistics(z: np.ndarray, strength: np.ndarray, reach: np.ndarray) -> dict[str, float]:
@@ -91,14 +91,22 @@ def rounding_alone(shape: tuple[int, ...], strength: np.ndarray) -> dict[str, fl
     }
 
 
+def scaled(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A power of two an element, about its largest deviation, and the deviations [runs, …] over it: their squares do not underflow."""
+    _, exponent = np.frexp(np.max(np.abs(raw), axis=0))
+    size = np.ldexp(1.0, np.maximum(exponent, -1000))
+    return size, raw / size
+
+
 def limits_of(errors: np.ndarray, raw: np.ndarray, floor: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """The limits from the runs' errors [runs, …], rounded and raw: each run is judged by the deviation of the others."""
+    size, raw = scaled(raw)
     total = np.sum(raw * raw, axis=0)
     left_out = []
     for error, own in zip(errors, raw, strict=True):
-        sigma = np.hypot(np.sqrt(np.maximum(total - own * own, 0.0) / (len(raw) - 1)), floor)
+        sigma = np.hypot(size * np.sqrt(np.maximum(total - own * own, 0.0) / (len(raw) - 1)), floor)
         left_out.append(statistics(in_sigma(error, sigma), in_sigma(truth, sigma), reach(floor, sigma)))
-    sigma = np.hypot(np.sqrt(total / len(raw)), floor)
+    sigma = np.hypot(size * np.sqrt(total / len(raw)), floor)
     least = rounding_alone(truth.shape, in_sigma(truth, sigma))
     limits = {}
     for name in least:
@@ -157,6 +165,7 @@ def band_of(
         errors = round_to(precision.io, runs[name], overflow="nan") - np.where(finite, exact, 0.0)
         errors = np.where(finite, errors, 0.0)
         errors = np.where(np.isfinite(errors), errors, 0.0)
-        band.sigma[name] = np.hypot(np.sqrt(np.mean(raw * raw, axis=0)), floor)
+        size, units = scaled(raw)
+        band.sigma[name] = np.hypot(size * np.sqrt(np.mean(units * units, axis=0)), floor)
         band.limits[name] = limits_of(errors, raw, floor, np.where(finite, exact, 0.0))
     return band

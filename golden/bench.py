@@ -28,14 +28,16 @@ Timed = Callable[[], Any]
 
 @dataclass
 class Bench:
-    """What is timed: ours, the peers, and the bytes that must move."""
+    """What is timed: ours, the peers, and what no implementation can do without: bytes to move, or else floating-point operations."""
 
     op: str
     case: str
     ours: Timed
     peers: dict[str, Timed]
-    moved: int
+    moved: int = 0
     direction: str = "forward"
+    flops: int = 0
+    products: tuple[tuple[int, int, int], ...] = ()  # sizes at which the product's rate is measured, besides the square one
 
 
 def normal(shape: tuple[int, ...]) -> np.ndarray:
@@ -71,6 +73,17 @@ class MemoryCopy:
 
     def __call__(self) -> None:
         list(self.pool.map(lambda part: np.copyto(self.target[part], self.source[part]), self.parts))
+
+
+class Product:
+    """A float32 product by NumPy's BLAS with every thread: the rate that a kernel made of products can reach."""
+
+    def __init__(self, o: int, d: int, n: int):
+        self.left, self.right, self.out = np.ones((o, d), np.float32), np.ones((d, n), np.float32), np.empty((o, n), np.float32)
+        self.flops = 2 * o * d * n
+
+    def __call__(self) -> None:
+        np.matmul(self.left, self.right, out=self.out)
 
 
 def casts(fmt: str) -> Iterator[Bench]:
@@ -172,20 +185,45 @@ def router() -> Iterator[Bench]:
     yield Bench("router.noaux_tc", "65536×256", lambda: cpu.router.noaux_tc(logits=logits, bias=bias), {"torch topk": eager}, moved)
 
 
+def bench_mla() -> Any:
+    from . import bench_mla as module  # which imports this one
+
+    return module
+
+
+def bench_decode() -> Any:
+    from . import bench_decode as module  # which imports this one
+
+    return module
+
+
 BENCHES: dict[str, Callable[[], Iterator[Bench]]] = {
     **{f"cast.{fmt}": (lambda fmt=fmt: casts(fmt)) for fmt in ("e4m3fn", "e5m2", "bf16", "fp16")},
+    "attention": lambda: bench_mla().attention(),
+    "cache.append": lambda: bench_decode().append(),
+    "cache.read": lambda: bench_decode().read(),
     "fp8.quantize_tile": quantize_tile,
+    "mla.absorb": lambda: bench_decode().decode_step(),
+    "mla.decode": lambda: bench_decode().decode(),
+    "mla.decode_fp8": lambda: bench_decode().decode_fp8(),
+    "mla.prefill": lambda: bench_mla().prefill(),
     "rmsnorm": rmsnorm,
+    "rope": lambda: bench_decode().rope(),
     "router.noaux_tc": router,
 }
 
 
 def measure(bench: Bench) -> Iterator[dict[str, Any]]:
-    """One record a peer, all timed in turns with ours and the memory copy."""
-    runs: dict[str, Timed] = {"kernels.cpu": bench.ours, **bench.peers, "memory copy": MemoryCopy(bench.moved)}
-    seconds = median_seconds(runs)
-    ours, floor = seconds["kernels.cpu"], seconds["memory copy"]
-    for peer in (*bench.peers, "memory copy"):
+    """One record a peer, all timed in turns with ours and the limit: a copy of the bytes, or the operations at the best product's rate."""
+    products = {f"product {shape}": Product(*shape) for shape in ((4096, 4096, 4096), *bench.products)} if bench.flops else {}
+    copies = {} if bench.flops else {"memory copy": MemoryCopy(bench.moved)}
+    seconds = median_seconds({"kernels.cpu": bench.ours, **bench.peers, **products, **copies})
+    limit = "gemm" if bench.flops else "copy"
+    if bench.flops:
+        seconds["sgemm"] = min(bench.flops / product.flops * seconds[name] for name, product in products.items())
+    bound = "sgemm" if bench.flops else "memory copy"
+    ours, floor = seconds["kernels.cpu"], seconds[bound]
+    for peer in (*bench.peers, bound):
         yield {
             "op": bench.op,
             "case": bench.case,
@@ -195,7 +233,7 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
             "peer": peer,
             "peer_seconds": seconds[peer],
             "ratio": ours / seconds[peer],
-            "limit": "copy",
+            "limit": limit,
             "limit_share": floor / ours,
         }
 
@@ -214,7 +252,7 @@ def run(ops: list[Op], as_json: bool) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("op")
     table.add_column("case", overflow="fold")
-    for name in ("ours ms", "peer", "peer ms", "rate", "of copy"):
+    for name in ("ours ms", "peer", "peer ms", "rate", "of limit"):
         table.add_column(name, justify="left" if name == "peer" else "right", overflow="fold")
     for name in [op.name for op in ops] or BENCHES:
         try:
@@ -238,4 +276,5 @@ def run(ops: list[Op], as_json: bool) -> None:
     if not as_json:
         console = Console(highlight=False)
         console.print(table)
-        console.print(f"{THREADS} threads. rate: ours over the peer's. of copy: the time of copying the bytes that must move, over ours.")
+        console.print(f"{THREADS} threads. rate: ours over the peer's. of limit: the time of copying the bytes that must move, over ours;")
+        console.print("where products rule (a peer is called sgemm), the operations at the best product's rate instead.")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..ref.op import OPS, Op, extent, op_named
+from ..ref.op import OPS, Case, Op, extent, op_named
 from .errors import UsageError
 from .precision import PRECISIONS
 from .vectors import DIRECTORY, Store, counted, directions
@@ -102,23 +102,24 @@ def ops_show(name: str) -> None:
     for parameter in op.attrs.values():
         console.print(f"[bold]attribute[/] {escape(str(parameter))}", soft_wrap=True)
     case = max(op.cases, key=lambda c: math.prod(c.dims.values()))
-    flops, moved = cost(op, {**op.defaults, **case.attrs, **case.dims})
+    flops, moved = cost(op, case)
     sizes = ", ".join(f"{k}={v}" for k, v in case.dims.items())
     console.print(f"[bold]cost[/]      {op.flops} FLOPs; at {sizes} in float32 {flops:,} FLOPs and {moved:,} bytes", soft_wrap=True)
     console.print(f"[bold]cases[/]     {', '.join(c.name for c in op.cases[:12])}{', …' if len(op.cases) > 12 else ''}", soft_wrap=True)
 
 
 def _names(tensors: tuple) -> str:
-    return "  ".join(f"{t.name}[{','.join(t.dims)}]" + (f":{t.kind}" if t.kind != "real" else "") for t in tensors)
+    return "  ".join(f"{t.name}{'?' * t.optional}[{','.join(t.dims)}]" + (f":{t.kind}" if t.kind != "real" else "") for t in tensors)
 
 
-def cost(op: Op, letters: dict[str, Any]) -> tuple[int, int]:
-    """FLOPs of the forward, and the bytes of its inputs and outputs (4 a float, 8 an index, 1 or 2 a code)."""
+def cost(op: Op, case: Case) -> tuple[int, int]:
+    """FLOPs of a case's forward, and the bytes of its inputs and outputs (4 a float, 8 an index, 1 or 2 a code)."""
+    letters = {**op.defaults, **case.attrs, **case.dims}
     flops = eval(op.flops, {"__builtins__": {}}, letters)  # a formula of the declaration, in its letters
     code = 2 if op.name.endswith(("bf16", "fp16")) else 1
     size = {"code": code, "index": 8}
     moved = 0
-    for tensor in (*op.inputs, *op.outputs):
+    for tensor in (*op.signature_of("forward", case.draw)[0], *op.outputs):
         count = 1
         for dim in tensor.dims:
             count *= extent(dim, letters)
@@ -155,7 +156,8 @@ def verify(
 ) -> None:
     """Hold SUBJECTS (kernels.cpu by default) to the vectors.
 
-    A subject is kernels.cpu, ref, torch, transformers, ml_dtypes or gfloat; or your own: module, module:attr, file.py, file.py:attr.
+    A subject is kernels.cpu, ref, torch, transformers, transformers.v2, ml_dtypes or gfloat; or your own: module, module:attr, file.py,
+    file.py:attr.
     """
     from .report import json_header, json_result, json_total, print_table
     from .verify import parse_attr

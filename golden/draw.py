@@ -7,6 +7,7 @@ import numpy as np
 
 from ..ref.cast import decode, round_to
 from ..ref.formats import BF16, FORMATS, FP64, Format
+from ..ref.mla_cache import cache_append_fwd
 from ..ref.op import Case, Op, Tensor
 from .precision import Precision
 
@@ -95,6 +96,13 @@ def some_infinite(source: Source, shape: tuple[int, ...], scale: float) -> np.nd
     return np.where(kind == 0, np.inf, np.where(kind == 1, -np.inf, source.normal(shape, scale)))
 
 
+def nan_tail(source: Source, shape: tuple[int, ...], scale: float, *starts: int) -> np.ndarray:
+    """Normal; NaN where every leading index is at its start or beyond: slots that nothing may read"""
+    x = source.normal(shape, scale)
+    x[tuple(slice(start, None) for start in starts)] = np.nan
+    return x
+
+
 def rows_wide(source: Source, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
     """Normal rows of very different size; the first is zero, the second far below every clamp"""
     scale = np.ldexp(1.0, source.integers((*shape[:-1], 1), low, high))
@@ -144,10 +152,34 @@ def ascending(source: Source, shape: tuple[int, ...], *starts: int) -> np.ndarra
     return first + np.arange(shape[-1])
 
 
+def latent_cache(source: Source, shape: tuple[int, ...], layout: str, page: int, c: int, r: int) -> np.ndarray:
+    """Pages full of tokens of very different size, as cache.append stores them"""
+    n = shape[0] * page
+    size = np.ldexp(1.0, source.integers((n, 1), -3, 4))
+    c_kv, k_pe = source.normal((n, c)) * size, source.normal((n, r))
+    return cache_append_fwd(np.zeros(shape, np.uint8), c_kv, k_pe, np.arange(n), layout=layout, page_size=page)[0]
+
+
+def stale_cache(source: Source, shape: tuple[int, ...], page: int, c: int, r: int, first: int, start: int) -> np.ndarray:
+    """latent_cache of fp8_v32 whose pages from `first` on have every byte set, NaN throughout, in the tokens from `start` on"""
+    cache = latent_cache(source, shape, "fp8_v32", page, c, r).reshape(shape[0], page, -1)
+    cache[first:, start:] = 255
+    return cache.reshape(shape)
+
+
+def experts(source: Source, shape: tuple[int, ...], count: int) -> np.ndarray:
+    """A token's choice: distinct experts of `count`, each row in an order of its own"""
+    rows = int(np.prod(shape[:-1]))
+    return np.argsort(source.words(rows * count).reshape(rows, count), axis=1)[:, : shape[-1]].reshape(shape)
+
+
 INTEGERS: dict[str, Draw] = {
     "ascending": ascending,
     "positions": lambda source, shape, *values: np.resize(np.array(values), shape),
     "integers": Source.integers,
+    "latent_cache": latent_cache,
+    "experts": experts,
+    "stale_cache": stale_cache,
     "pages": lambda source, shape, count: np.argsort(source.words(count))[: int(np.prod(shape))].reshape(shape),
 }
 
@@ -156,8 +188,11 @@ DRAWS: dict[str, Draw] = {
     "uniform": Source.uniform,
     "const": lambda source, shape, value: np.full(shape, value),
     "steps": lambda source, shape, count, step: source.integers(shape, -count, count + 1) * step,
+    "whole": lambda source, shape, low, high: source.integers(shape, low, high).astype(np.float64),
+    "values": lambda source, shape, *values: np.resize(np.array(values, dtype=np.float64), shape),
     "wide": wide,
     "some_infinite": some_infinite,
+    "nan_tail": nan_tail,
     "outliers": outliers,
     "zero_rows": zero_rows,
     "rows_wide": rows_wide,
@@ -172,7 +207,7 @@ def draw(op: Op, tensor: Tensor, spec: tuple, shape: tuple[int, ...], source: So
     kind, *parameters = spec
     fmt = FORMATS.get(op.name.rsplit(".", 1)[-1], FORMATS["e4m3fn"])
     if kind in INTEGERS:
-        return INTEGERS[kind](source, shape, *parameters).astype(np.int64)
+        return INTEGERS[kind](source, shape, *parameters).astype(fmt.code_dtype if tensor.kind == "code" else np.int64)
     if kind == "codes":
         return (np.arange(int(np.prod(shape))) % 2**fmt.bits).astype(fmt.code_dtype).reshape(shape)
     if kind == "every_bf16":
@@ -183,7 +218,11 @@ def draw(op: Op, tensor: Tensor, spec: tuple, shape: tuple[int, ...], source: So
         values = DRAWS[kind](source, shape, *parameters)
     target = precision.format_of(tensor)
     rounded = round_to(target, np.asarray(values, dtype=np.float64), overflow="nan")
-    return rounded.astype("float64" if target is FP64 else "float32")
+    return np.asarray(rounded, dtype="float64" if target is FP64 else "float32")
+
+
+def in_float64(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: x.astype(np.float64) if x.dtype.kind == "f" else x for name, x in arrays.items()}
 
 
 def draw_case(op: Op, case: Case, direction: str, precision: Precision, seed: int = 0) -> dict[str, np.ndarray]:
@@ -196,6 +235,6 @@ def draw_case(op: Op, case: Case, direction: str, precision: Precision, seed: in
             source = Source(f"leadline/1 {op.name} {case.name} {tensor.name} {precision.io.name} {seed}")
             arrays[tensor.name] = draw(op, tensor, case.draw[tensor.name], tensor.shape(letters), source, precision)
     if op.choice and direction == "backward":
-        exact = {t.name: arrays[t.name].astype(np.float64) for t in op.inputs}
+        exact = in_float64({t.name: arrays[t.name] for t in op.signature_of("forward", arrays)[0]})
         arrays[op.choice[0]] = op.run("forward", exact, case.attrs)[op.choice[0]]
     return arrays

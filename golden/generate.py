@@ -126,9 +126,9 @@ def _entry(vector: Vector, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         entry["outputs"][name] = about
     if stored:
         for name, x in (*vector.inputs.items(), *vector.band.truth.items()):
-            arrays[f"{vector.id}/{name}"] = np.ascontiguousarray(x)
+            arrays[f"{vector.id}/{name}"] = np.asarray(x, order="C")
         for name, sigma in vector.band.sigma.items():
-            arrays[f"{vector.id}/{name}/sigma"] = np.ascontiguousarray(sigma.astype(np.float32))
+            arrays[f"{vector.id}/{name}/sigma"] = np.asarray(sigma, dtype=np.float32, order="C")
     return entry
 
 

@@ -148,12 +148,12 @@ def _regret(question: Question, tensor: Tensor, choice: np.ndarray, differs: np.
     rows = np.flatnonzero(np.any(differs.reshape(len(differs), -1), axis=1)) if tensor.dims[0] == "n" and tensor.kind == "index" else None
     inputs = {
         t.name: question.inputs[t.name][rows] if rows is not None and t.dims[0] == tensor.dims[0] else question.inputs[t.name]
-        for t in op.inputs
+        for t in op.signature_of("forward", question.inputs)[0]
     }
     chosen = choice if rows is None else choice[rows]
 
     def run(arrays: Mapping[str, Any]) -> Arrays:
-        return {"regret": regret_of(*(arrays[t.name] for t in op.inputs), **{name: chosen}, **question.attrs)}
+        return {"regret": regret_of(*(arrays.get(t.name) for t in op.inputs), **{name: chosen}, **question.attrs)}
 
     with np.errstate(all="ignore"):
         regret = np.asarray(run(carrier(inputs, np.float64))["regret"])
@@ -209,7 +209,7 @@ def unstable_rows(question: Question) -> np.ndarray:
     op = question.op
     assert op.choice is not None
     name = op.choice[0]
-    inputs = {t.name: question.inputs[t.name] for t in op.inputs}
+    inputs = {t.name: question.inputs[t.name] for t in op.signature_of("forward", question.inputs)[0]}
     rng = np.random.Generator(np.random.Philox(key=0))
 
     def run(arrays: Mapping[str, Any]) -> Arrays:

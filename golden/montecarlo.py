@@ -89,9 +89,13 @@ class NoisyArray(np.ndarray):
     def __array_finalize__(self, obj: Any) -> None:
         self.noise = getattr(obj, "noise", None)
 
-    def __stored__(self) -> "NoisyArray":
-        noise = self.noise
-        return self if noise is None else _noisy(noise.rounded(np.asarray(self), fmt=noise.precision.io), noise)
+    def __stored__(self, any_unit: bool = False) -> "NoisyArray":
+        """With any_unit each row is rounded in a unit between 1 and 2, at random."""
+        noise, x = self.noise, np.asarray(self)
+        if noise is None:
+            return self
+        unit = np.exp2(noise.rng.random((*x.shape[:-1], 1))) if any_unit else 1.0
+        return _noisy(noise.rounded(x * unit, fmt=noise.precision.io) / unit, noise)
 
     def __constant__(self, values: np.ndarray) -> "NoisyArray":
         """Numbers beside this array, in the float32 arithmetic that positions and frequencies have even in 16-bit models."""

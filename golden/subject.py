@@ -31,6 +31,7 @@ BUILT_IN = {
     "ml_dtypes": ("leadline.golden.subjects.ml_dtypes", "ml_dtypes"),
     "gfloat": ("leadline.golden.subjects.gfloat", "gfloat"),
     "transformers": ("leadline.golden.subjects.transformers", "transformers"),
+    "transformers.v2": ("leadline.golden.subjects.transformers_v2", "transformers"),
 }
 
 
@@ -40,7 +41,7 @@ class Contract:
 
     attrs: tuple[str, ...]
     takes_choice: bool
-    left_out: tuple[str, ...] = ()  # optional inputs that it has no parameter for
+    left_out: tuple[str, ...] = ()  # inputs that it may do without and has no parameter for
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Subject:
         tensors, outputs = op.signature_of(direction, inputs)
         if op.choice and not contract.takes_choice:
             tensors = tuple(t for t in tensors if t.name != op.choice[0])
+        tensors = tuple(t for t in tensors if t.name not in contract.left_out)
         given = {t.name: frameworks.hand_over(inputs[t.name], p.format_of(t), t.kind, self.framework) for t in tensors}
         before = {name: frameworks.snapshot(x) for name, x in given.items()}
         try:
@@ -109,7 +111,7 @@ def fit(fn: Callable, op: Op, direction: str, name: str) -> Contract:
         return Contract(tuple(attrs), True)
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     takes = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    optional = {t.name for t in tensors if t.optional}
+    optional = {t.name for t in tensors if t.optional or t.kind == "like"}
     missing = [n for n in names if n not in takes and n != choice and n not in optional and not anything]
     foreign = [
         n

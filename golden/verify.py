@@ -242,7 +242,8 @@ def _run(task: Task, attrs: dict, store: Store, explained: bool) -> CaseResult:
         for name in own
         if name not in task.contract.attrs and name in task.case.attrs and own[name] != task.op.defaults[name]
     ]
-    untaken += [name for name in task.contract.left_out if name in task.case.draw]
+    needed = {t.name for t in task.op.inputs if t.kind != "like"}
+    untaken += [name for name in task.contract.left_out if name in task.case.draw and name in needed]
     if untaken:
         result.reason = f"the subject does not take {', '.join(untaken)}"
         return result
@@ -275,7 +276,7 @@ def _question(task: Task, attrs: Mapping[str, Any], own: Mapping[str, Any], stor
     if {**op.defaults, **case.attrs} != own:
         inputs = vector.inputs
         if op.choice and op.choice[0] in inputs:  # the decision that belongs to these attributes
-            forward = {t.name: inputs[t.name] for t in op.inputs}
+            forward = {t.name: inputs[t.name] for t in op.signature_of("forward", inputs)[0]}
             inputs = {**inputs, op.choice[0]: truth_of(op, "forward", forward, attrs)[op.choice[0]]}
         band = band_of(op, task.direction, inputs, attrs, task.precision)
         vector = Vector(op, case, task.direction, task.precision, inputs, band)

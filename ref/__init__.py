@@ -4,19 +4,22 @@ Letters: b batch, s query position, t key position, n flattened tokens, h head, 
 e expert, k top-k slot.
 """
 
-from .attention import attention_bwd, attention_fwd, attention_merge_bwd, attention_merge_fwd
+from .attention import attention_bwd, attention_fwd
+from .attention_parts import attention_merge_bwd, attention_merge_fwd, attention_varlen_bwd, attention_varlen_fwd
 from .cast import decode, encode, round_to
 from .config import Config
 from .formats import BF16, E4M3FN, E5M2, FORMATS, FP16, FP32, FP64, Format
 from .fp8 import RECIPES, Recipe, dequantize_tile_fwd, quantize_tile_fwd
 from .linear import linear_bwd, linear_fwd
 from .mla import mla_absorb_bwd, mla_absorb_fwd, mla_prefill_bwd, mla_prefill_fwd
-from .mla_decode import mla_decode_fwd
+from .mla_cache import cache_append_fwd, cache_read_fwd
+from .mla_decode import mla_decode_fp8_fwd, mla_decode_fwd
 from .norm import rmsnorm_bwd, rmsnorm_fwd
 from .op import OPS, Case, Op, op_named
 from .rope import rope_bwd, rope_fwd
 from .router import router_noaux_tc_bwd, router_noaux_tc_fwd
 from .xp import xp_of
+from .yarn import rope_frequencies_fwd
 
 __all__ = [
     "BF16",
@@ -37,6 +40,10 @@ __all__ = [
     "attention_fwd",
     "attention_merge_bwd",
     "attention_merge_fwd",
+    "attention_varlen_bwd",
+    "attention_varlen_fwd",
+    "cache_append_fwd",
+    "cache_read_fwd",
     "decode",
     "dequantize_tile_fwd",
     "encode",
@@ -44,6 +51,7 @@ __all__ = [
     "linear_fwd",
     "mla_absorb_bwd",
     "mla_absorb_fwd",
+    "mla_decode_fp8_fwd",
     "mla_decode_fwd",
     "mla_prefill_bwd",
     "mla_prefill_fwd",
@@ -52,6 +60,7 @@ __all__ = [
     "rmsnorm_bwd",
     "rmsnorm_fwd",
     "rope_bwd",
+    "rope_frequencies_fwd",
     "rope_fwd",
     "round_to",
     "router_noaux_tc_bwd",

@@ -1,13 +1,14 @@
-"""Attention with log-sum-exp, by blocks of keys with an online softmax, and the merge of its parts. Spec §2, §2.1."""
+"""Attention with log-sum-exp, by blocks of keys with an online softmax. Spec §2, §2.1."""
 
 from typing import Any, Literal
 
 from array_api_compat import device
 
-from .op import Case, Op, signature
+from .op import Case, Op, declare, signature
 from .xp import Array, stored, xp_of
 
 EmptyLse = Literal["+inf", "-inf"]
+EmptyRows = Literal["allow", "refuse"]
 
 
 def heads_first(x: Array) -> Array:
@@ -36,7 +37,7 @@ def visible(xp: Any, s: int, t: int, start: int, stop: int, causal: bool, repeat
     """[repeat·s, stop-start]: whether query i sees key j; bottom-right aligned, j <= i + (t - s)"""
     i, j = xp.arange(s, device=dev)[:, None], xp.arange(start, stop, device=dev)[None, :]
     seen = (j <= i + (t - s)) if causal else (j >= 0) & (i >= 0)
-    return xp.reshape(xp.broadcast_to(seen[None], (repeat, *seen.shape)), (repeat * s, stop - start))
+    return xp.reshape(xp.broadcast_to(seen[None, ...], (repeat, *seen.shape)), (repeat * s, stop - start))
 
 
 def kept_share(sink: Array, logsum: Array, s: int) -> Array:
@@ -57,21 +58,25 @@ def attention_fwd(
     scale: float = 0.0,
     causal: bool = True,
     empty_lse: EmptyLse = "+inf",
+    empty_rows: EmptyRows = "allow",
     block: int = 512,
 ) -> tuple[tuple[Array, Array], tuple]:
     """z = scale Σ_k q[b,s,h,k] k[b,t,g,k],   lse[b,h,s] = log Σ_t exp z,   o[b,s,h,v] = Σ_t exp(z - lse) v[b,t,g,v]
 
     g heads of keys and values, each shared by h/g consecutive query heads (g = h: as many; g = 1: absorbed MLA).
     Causal is bottom-right aligned: key j is visible to query i if j <= i + (t - s). scale=0 stands for k^(-1/2). A row that sees no key has
-    o = 0 and lse = +inf (FlashMLA) or -inf. A sink is one more logit of each head in the denominator: o gains the factor
-    1/(1 + exp(sink - lse)), lse stays. Keys are taken `block` at a time, so memory grows with s·block. 16-bit implementations round
-    exp(z) and dz to the activations' format before the products with v, k and q, as tensor cores take them.
+    o = 0 and lse = +inf (FlashMLA) or -inf; empty_rows="refuse" forbids a causal call with s > t instead. A sink is one more logit of each
+    head in the denominator: o gains the factor 1/(1 + exp(sink - lse)), lse stays. Keys are taken `block` at a time, so memory grows with
+    s·block. 16-bit implementations round exp(z) and dz to the activations' format before the products with v, k and q, as tensor cores
+    take them.
     """
     xp = xp_of(q)
     (b, s, h, _), (_, t, g, _) = q.shape, k.shape
     scale = scale or q.shape[3] ** -0.5
     if block < 1:
         raise ValueError(f"attention: block is {block}; expected block >= 1")
+    if empty_rows == "refuse" and causal and s > t:
+        raise ValueError(f"attention: q has {s} positions and k {t}; expected no more queries than keys (empty_rows is 'refuse')")
     if g < 1 or h % g:
         raise ValueError(f"attention: k has {g} heads; expected a divisor of the {h} heads of q")
     qh, kh, vh = rows_of(q, g), heads_first(k), heads_first(v)  # [b,g,rows,k], rows = h/g·s
@@ -87,7 +92,7 @@ def attention_fwd(
         base = xp.where(m_new == low, xp.zeros_like(m_new), m_new)  # a row that has seen nothing yet
         p, shrink = xp.exp(z - base), xp.exp(m - base)
         total = total * shrink + xp.sum(p, axis=-1, keepdims=True)
-        acc = acc * shrink + xp.matmul(stored(p), vh[:, :, start:stop, :])
+        acc = acc * shrink + xp.matmul(stored(p, any_unit=True), vh[:, :, start:stop, :])
         m = m_new
     empty = total == 0
     denominator = xp.where(empty, xp.ones_like(total), total)
@@ -97,7 +102,7 @@ def attention_fwd(
         oh = oh * kept_share(sink, logsum, s)
     lse = xp.reshape(xp.where(empty, -low if empty_lse == "+inf" else low, logsum), (b, h, s))
     o = heads_of(oh, h)
-    return (o, lse), (q, k, v, sink, o, lse, scale, causal, block)
+    return (o, lse), (q, k, v, sink, stored(o), lse, scale, causal, block)
 
 
 def attention_bwd(do: Array, dlse: Array, saved: tuple) -> tuple[Array, ...]:
@@ -131,7 +136,7 @@ def attention_bwd(do: Array, dlse: Array, saved: tuple) -> tuple[Array, ...]:
         seen = visible(xp, s, t, start, stop, causal, h // g, device(q)) & seen_any
         p = xp.where(seen, xp.exp(xp.where(seen, z - logsum, xp.zeros_like(z))), xp.zeros_like(z))  # [b,g,rows,block]
         dz = p * (xp.matmul(doh, transposed(vb)) - delta + through_lse) * scale
-        p, dz = stored(p), stored(dz)
+        p, dz = stored(p), stored(dz, any_unit=True)
         dq = dq + xp.matmul(dz, kb)
         dk.append(xp.matmul(transposed(dz), qh))
         dv.append(xp.matmul(transposed(p), doh))
@@ -139,42 +144,6 @@ def attention_bwd(do: Array, dlse: Array, saved: tuple) -> tuple[Array, ...]:
     dv = xp.concat(dv, axis=2) if dv else 0 * vh
     grads = heads_of(dq, h), heads_first(dk), heads_first(dv)
     return grads if dsink is None else (*grads, dsink)
-
-
-@signature("o_parts[p,b,s,h,v] lse_parts[p,b,h,s] -> o[b,s,h,v] lse[b,h,s]")
-def attention_merge_fwd(o_parts: Array, lse_parts: Array) -> tuple[tuple[Array, Array], tuple]:
-    """lse[b,h,s] = log Σ_p exp lse_parts,   o[b,s,h,v] = Σ_p exp(lse_parts[p] - lse) o_parts[p]
-
-    A part that saw no key has lse = ±inf (both conventions are read) and weighs nothing, whatever its o holds. All parts empty: o = 0 and
-    lse = +inf.
-    """
-    xp = xp_of(o_parts)
-    if o_parts.shape[0] == 0:
-        raise ValueError("attention.merge: o_parts has no parts; expected one at least")
-    empty = xp.isinf(lse_parts)  # [p,b,h,s]
-    low = xp.full_like(lse_parts, float("-inf"))
-    clean = xp.where(empty, low, lse_parts)
-    m = xp.max(clean, axis=0)
-    base = xp.where(xp.isinf(m), xp.zeros_like(m), m)
-    total = xp.sum(xp.exp(clean - base), axis=0)
-    none = total == 0
-    logsum = base + xp.log(xp.where(none, xp.ones_like(total), total))
-    w = xp.exp(clean - logsum)  # [p,b,h,s]
-    spread = xp.permute_dims(w, (0, 1, 3, 2))[..., None]  # [p,b,s,h,1]
-    o = xp.sum(xp.where(spread > 0, o_parts, xp.zeros_like(o_parts)) * spread, axis=0)
-    lse = xp.where(none, -low[0], logsum)
-    return (o, lse), (o_parts, w, o)
-
-
-def attention_merge_bwd(do: Array, dlse: Array, saved: tuple) -> tuple[Array, Array]:
-    """w_p = exp(lse_p - lse):   do_parts[p] = w_p do,   dlse_parts[p] = w_p (Σ_v do o_p - Σ_v do o + dlse)"""
-    o_parts, w, o = saved
-    xp = xp_of(o_parts)
-    spread = xp.permute_dims(w, (0, 1, 3, 2))[..., None]  # [p,b,s,h,1]
-    clean = xp.where(spread > 0, o_parts, xp.zeros_like(o_parts))
-    inner = xp.sum(do * (clean - o), axis=-1)  # [p,b,s,h]
-    pull = xp.permute_dims(inner, (0, 1, 3, 2)) + dlse
-    return spread * do, xp.where(w > 0, w * pull, xp.zeros_like(w))
 
 
 def _case(name: str, sizes: tuple[int, ...], note: str = "", spread: float = 1.0, sink: bool = False, **attrs: Any) -> Case:
@@ -189,50 +158,29 @@ def _case(name: str, sizes: tuple[int, ...], note: str = "", spread: float = 1.0
     return Case(name, dims, {**draws, "sink": ("normal", 1.0)} if sink else draws, attrs, note)
 
 
-attention = Op(
-    "attention",
-    attention_fwd,
-    attention_bwd,
-    (
-        _case("square", (1, 7, 7, 2, 2, 24, 16)),
-        _case("one", (1, 1, 1, 1, 1, 8, 8)),
-        _case("decode", (2, 1, 33, 2, 2, 24, 16), "one query, bottom-right aligned: it sees every key"),
-        _case("verify", (1, 3, 40, 2, 2, 24, 16), "three speculated tokens"),
-        _case("empty-rows", (1, 6, 4, 1, 1, 8, 8), "more queries than keys: the first two see nothing"),
-        _case("all-keys", (1, 5, 9, 2, 2, 24, 16), causal=False),
-        _case("shared-key", (1, 4, 12, 4, 1, 24, 16), "one key head, as absorbed MLA has it", scale=0.13523378),
-        _case("blocks", (1, 3, 50, 1, 1, 16, 8), "keys in blocks of 16, the last one ragged", block=16),
-        _case("large-logits", (1, 5, 20, 2, 2, 24, 16), "scores beyond exp's range in float32", 60.0),
-        _case("scaled", (1, 5, 20, 2, 2, 192, 128), "V3's widths and softmax scale", scale=0.13523378),
-        _case("sink", (1, 4, 9, 3, 3, 16, 8), "one more logit a head in the denominator", sink=True),
-    ),
-    "2*b*s*t*h*(k+v)",
-    "DeepSeek-V3 paper eq. 10; FlashMLA tests/ref.py; Milakov and Gimelshein 2018 (online softmax)",
-    vary="st",
-)
-
-_MERGE = {"o_parts": ("normal", 1.0), "do": ("normal", 1.0), "dlse": ("normal", 1.0)}
-attention_merge = Op(
-    "attention.merge",
-    attention_merge_fwd,
-    attention_merge_bwd,
-    (
-        Case("two", {"p": 2, "b": 1, "s": 2, "h": 3, "v": 16}, {**_MERGE, "lse_parts": ("normal", 2.0)}),
-        Case("one", {"p": 1, "b": 1, "s": 1, "h": 1, "v": 8}, {**_MERGE, "lse_parts": ("normal", 2.0)}, note="a single part is itself"),
-        Case(
-            "far-apart",
-            {"p": 5, "b": 2, "s": 1, "h": 2, "v": 16},
-            {**_MERGE, "lse_parts": ("normal", 80.0)},
-            note="exp of lse overflows",
+attention = declare(
+    Op(
+        "attention",
+        attention_fwd,
+        attention_bwd,
+        (
+            _case("square", (1, 7, 7, 2, 2, 24, 16)),
+            _case("one", (1, 1, 1, 1, 1, 8, 8)),
+            _case("decode", (2, 1, 33, 2, 2, 24, 16), "one query, bottom-right aligned: it sees every key"),
+            _case("verify", (1, 3, 40, 2, 2, 24, 16), "three speculated tokens"),
+            _case("empty-rows", (1, 6, 4, 1, 1, 8, 8), "more queries than keys: the first two see nothing"),
+            _case("all-keys", (1, 5, 9, 2, 2, 24, 16), causal=False),
+            _case("shared-key", (1, 4, 12, 4, 1, 24, 16), "one key head, as absorbed MLA has it", scale=0.13523378),
+            _case("blocks", (1, 8, 50, 1, 1, 16, 8), "keys in blocks of 16, the last one ragged", block=16),
+            _case("large-logits", (1, 5, 20, 2, 2, 24, 16), "scores beyond exp's range in float32", 60.0),
+            _case("scaled", (1, 5, 20, 2, 2, 192, 128), "V3's widths and softmax scale", scale=0.13523378),
+            _case("sink", (1, 4, 9, 3, 3, 16, 8), "one more logit a head in the denominator", sink=True),
+            _case("grouped", (1, 4, 6, 4, 2, 16, 8), "each key head is shared by two consecutive query heads"),
+            _case("beyond-float16", (1, 4, 12, 1, 1, 24, 8), "products of q and k exceed 65504", 10000.0),
+            _case("odd-widths", (1, 3, 5, 1, 1, 80, 72), "the widths of q and v differ and are no multiple of 64"),
         ),
-        Case(
-            "empty-parts",
-            {"p": 4, "b": 1, "s": 3, "h": 2, "v": 8},
-            {**_MERGE, "lse_parts": ("some_infinite", 2.0)},
-            note="lse = ±inf: a split without keys",
-        ),
-    ),
-    "2*p*b*s*h*v",
-    "spec §2.1; FlashMLA csrc, combine",
-    vary="p",
+        "2*b*s*t*h*(k+v)",
+        "DeepSeek-V3 paper eq. 10; FlashMLA tests/ref.py; Milakov and Gimelshein 2018 (online softmax)",
+        vary="st",
+    )
 )

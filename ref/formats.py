@@ -31,7 +31,7 @@ class Format:
 
     @property
     def code_dtype(self) -> str:
-        return "uint8" if self.bits <= 8 else "uint16"
+        return f"uint{next(width for width in (8, 16, 32, 64) if self.bits <= width)}"
 
 
 # OCP 8-bit Floating Point Specification (OFP8) 1.0; IEEE 754-2019; bfloat16 is binary32's upper half.

@@ -1,6 +1,6 @@
 """The linear layer. Weights are stored [out,in], as in every checkpoint."""
 
-from .op import Case, Op, signature
+from .op import Case, Op, declare, signature
 from .xp import Array, xp_of
 
 
@@ -17,19 +17,21 @@ def linear_bwd(dy: Array, saved: tuple) -> tuple[Array, Array]:
     return xp.matmul(dy, weight), xp.matmul(dy.T, x)
 
 
-linear = Op(
-    "linear",
-    linear_fwd,
-    linear_bwd,
-    tuple(
-        Case(name, {"n": n, "o": o, "d": d}, {"x": ("normal", 1.0), "weight": ("normal", 0.1), "dy": ("normal", 1.0)}, note=note)
-        for name, n, o, d, note in (
-            ("one", 1, 1, 1, ""),
-            ("ragged", 3, 5, 129, ""),
-            ("latent", 4, 96, 512, "from kv_lora_rank"),
-        )
-    ),
-    "2*n*o*d",
-    "DeepSeek-V3 inference/model.py, linear",
-    vary="n",
+linear = declare(
+    Op(
+        "linear",
+        linear_fwd,
+        linear_bwd,
+        tuple(
+            Case(name, {"n": n, "o": o, "d": d}, {"x": ("normal", 1.0), "weight": ("normal", 0.1), "dy": ("normal", 1.0)}, note=note)
+            for name, n, o, d, note in (
+                ("one", 1, 1, 1, ""),
+                ("ragged", 3, 5, 129, ""),
+                ("latent", 4, 96, 512, "from kv_lora_rank"),
+            )
+        ),
+        "2*n*o*d",
+        "DeepSeek-V3 inference/model.py, linear",
+        vary="n",
+    )
 )

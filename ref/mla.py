@@ -3,95 +3,26 @@
 Both forms are made of the same parts: queries and latents (here), attention, the output projection. Each forward is followed by its mirror.
 """
 
+import itertools
 from typing import Any
 
-from .attention import attention_bwd, attention_fwd
 from .linear import linear_bwd, linear_fwd
-from .norm import rmsnorm_bwd, rmsnorm_fwd
-from .op import Case, Op, signature
-from .rope import CosSin, Gating, Layout, Yarn, rope_bwd, rope_fwd
+from .mla_parts import WEIGHTS, Gradients, activation_bwd, attend_bwd, attend_fwd, heads_bwd, heads_fwd, stored_fwd
+from .op import Case, Op, declare, signature
+from .rope import CosSin, Layout
 from .xp import Array, stored, xp_of
+from .yarn import YARN_KIMI, YARN_V2, YARN_V3, Gating, Yarn
 
 INPUTS = (
-    "x[b,s,d] positions[b,s]:index q_proj?[hq,d] q_a_proj?[q,d] q_a_layernorm?[q] q_b_proj?[hq,q] "
+    "x[b,s,d] positions[b,s]:index c_kv_cache?[b,t,c] k_pe_cache?[b,t,r] cu_seqlens?[j]:index "
+    "q_proj?[hq,d] q_a_proj?[q,d] q_a_layernorm?[q] q_b_proj?[hq,q] "
     "kv_a_proj_with_mqa[cr,d] kv_a_layernorm[c] kv_b_proj[hkv,c] o_proj[d,hv]"
 )
-WEIGHTS = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
-Gradients = dict[str, Array | None]
 
 
-def stored_fwd(part: Any, *arrays: Array, **attrs: Any) -> tuple[Array, tuple]:
-    """A part whose output is an activation: 16-bit implementations store it as one"""
-    y, saved = part(*arrays, **attrs)
-    return stored(y), saved
-
-
-def queries_fwd(x: Array, w: dict[str, Array | None], eps: float) -> tuple[Array, tuple]:
-    """q[n,h(dn+r)] = q_proj x, or q_b_proj rmsnorm(q_a_proj x): eq. 6, 7"""
-    if w["q_proj"] is not None:
-        q, direct = stored_fwd(linear_fwd, x, w["q_proj"])
-        return q, (direct,)
-    down, s_down = stored_fwd(linear_fwd, x, w["q_a_proj"])
-    c_q, s_norm = stored_fwd(rmsnorm_fwd, down, w["q_a_layernorm"], eps=eps)  # [n,q]
-    q, s_up = stored_fwd(linear_fwd, c_q, w["q_b_proj"])
-    return q, (s_down, s_norm, s_up)
-
-
-def queries_bwd(dq: Array, saved: tuple, grads: Gradients) -> Array:
-    """dx[n,d]; the weights' gradients go into grads"""
-    if len(saved) == 1:
-        dx, grads["q_proj"] = activation_bwd(linear_bwd, dq, saved[0])
-        return dx
-    s_down, s_norm, s_up = saved
-    dc_q, grads["q_b_proj"] = activation_bwd(linear_bwd, dq, s_up)
-    ddown, grads["q_a_layernorm"] = activation_bwd(rmsnorm_bwd, dc_q, s_norm)
-    dx, grads["q_a_proj"] = activation_bwd(linear_bwd, ddown, s_down)
-    return dx
-
-
-def activation_bwd(part: Any, dy: Array, saved: tuple) -> tuple[Array, Array]:
-    """A part's gradients, the one to its input stored as an activation"""
-    dx, dweight = part(dy, saved)
-    return stored(dx), dweight
-
-
-def latents_fwd(x: Array, positions: Array, w: dict[str, Array | None], eps: float, rope: dict[str, Any]) -> tuple[Array, Array, tuple]:
-    """c_kv[n,c] = rmsnorm(latent), k_pe[n,r] = rope(k), [latent | k] = kv_a_proj_with_mqa x: eq. 1, 3. k_pe is not normalised."""
-    c = w["kv_a_layernorm"].shape[0]  # type: ignore[union-attr]
-    kv_a, s_down = stored_fwd(linear_fwd, x, w["kv_a_proj_with_mqa"])  # [n,c+r]
-    c_kv, s_norm = stored_fwd(rmsnorm_fwd, kv_a[:, :c], w["kv_a_layernorm"], eps=eps)
-    k_pe, s_rope = stored_fwd(rope_fwd, kv_a[:, None, c:], positions, **rope)  # [n,1,r]
-    return c_kv, k_pe[:, 0, :], (s_down, s_norm, s_rope)
-
-
-def latents_bwd(dc_kv: Array, dk_pe: Array, saved: tuple, grads: Gradients) -> Array:
-    s_down, s_norm, s_rope = saved
-    dlatent, grads["kv_a_layernorm"] = activation_bwd(rmsnorm_bwd, dc_kv, s_norm)
-    dk = stored(rope_bwd(dk_pe[:, None, :], s_rope)[:, 0, :])
-    dx, grads["kv_a_proj_with_mqa"] = activation_bwd(linear_bwd, xp_of(dk).concat([dlatent, dk], axis=1), s_down)
-    return dx
-
-
-def heads_fwd(
-    x: Array, positions: Array, w: dict[str, Array | None], sizes: tuple, eps: float, rope: dict
-) -> tuple[Array, Array, Array, Array, tuple]:
-    """q_nope[n,h,dn], q_pe[n,h,r], c_kv[n,c], k_pe[n,r] of flattened tokens"""
-    h, dn, r, _ = sizes
-    q, s_q = queries_fwd(x, w, eps)
-    q = xp_of(q).reshape(q, (x.shape[0], h, dn + r))
-    q_pe, s_rope = stored_fwd(rope_fwd, q[:, :, dn:], positions, **rope)
-    c_kv, k_pe, s_kv = latents_fwd(x, positions, w, eps, rope)
-    return q[:, :, :dn], q_pe, c_kv, k_pe, (s_q, s_rope, s_kv)
-
-
-def heads_bwd(dq_nope: Array, dq_pe: Array, dc_kv: Array, dk_pe: Array, saved: tuple, grads: Gradients) -> Array:
-    s_q, s_rope, s_kv = saved
-    xp = xp_of(dq_nope)
-    dq = xp.concat([dq_nope, rope_bwd(dq_pe, s_rope)], axis=-1)
-    return queries_bwd(xp.reshape(dq, (dq.shape[0], -1)), s_q, grads) + latents_bwd(dc_kv, dk_pe, s_kv, grads)
-
-
-def naive_fwd(q_nope: Array, q_pe: Array, c_kv: Array, k_pe: Array, kv_b_proj: Array, sizes: tuple, scale: float) -> tuple[Array, tuple]:
+def naive_fwd(
+    q_nope: Array, q_pe: Array, c_kv: Array, k_pe: Array, kv_b_proj: Array, cu: Array | None, sizes: tuple, scale: float
+) -> tuple[Array, tuple]:
     """Keys and values expanded for every head: [k_nope | v] = kv_b_proj c_kv, k = [k_nope | k_pe]. o[b,s,h,dv]: eq. 2, 5, 10"""
     h, dn, r, dv = sizes
     xp = xp_of(q_nope)
@@ -99,7 +30,7 @@ def naive_fwd(q_nope: Array, q_pe: Array, c_kv: Array, k_pe: Array, kv_b_proj: A
     flat, s_up = stored_fwd(linear_fwd, xp.reshape(c_kv, (b * t, c)), kv_b_proj)
     kv = xp.reshape(flat, (b, t, h, dn + dv))
     k = xp.concat([kv[..., :dn], xp.broadcast_to(k_pe[:, :, None, :], (b, t, h, r))], axis=-1)  # [b,t,h,dn+r]
-    (o, _), s_attention = attention_fwd(xp.concat([q_nope, q_pe], axis=-1), k, kv[..., dn:], scale=scale)
+    o, s_attention = attend_fwd(xp.concat([q_nope, q_pe], axis=-1), k, kv[..., dn:], cu, scale)
     return o, (s_up, s_attention, c_kv.shape)
 
 
@@ -107,14 +38,15 @@ def naive_bwd(do: Array, saved: tuple, dn: int) -> tuple[Array, Array, Array, Ar
     """dq_nope, dq_pe, dc_kv, dk_pe, dkv_b_proj; the shared key gathers over heads"""
     s_up, s_attention, latent_shape = saved
     xp = xp_of(do)
-    dlse = 0 * xp.permute_dims(do[..., 0], (0, 2, 1))
-    dq, dk, dv = map(stored, attention_bwd(do, dlse, s_attention))
+    dq, dk, dv = attend_bwd(do, s_attention)
     dkv = xp.concat([dk[..., :dn], dv], axis=-1)
-    dc_kv, dkv_b = activation_bwd(linear_bwd, xp.reshape(dkv, (dkv.shape[0] * dkv.shape[1], -1)), s_up)
+    dc_kv, dkv_b = activation_bwd(linear_bwd, xp.reshape(dkv, (dkv.shape[0] * dkv.shape[1], dkv.shape[2] * dkv.shape[3])), s_up)
     return dq[..., :dn], dq[..., dn:], xp.reshape(dc_kv, latent_shape), xp.sum(dk[..., dn:], axis=2), dkv_b
 
 
-def absorbed_fwd(q_nope: Array, q_pe: Array, c_kv: Array, k_pe: Array, kv_b_proj: Array, sizes: tuple, scale: float) -> tuple[Array, tuple]:
+def absorbed_fwd(
+    q_nope: Array, q_pe: Array, c_kv: Array, k_pe: Array, kv_b_proj: Array, cu: Array | None, sizes: tuple, scale: float
+) -> tuple[Array, tuple]:
     """W_UK folded into the query, W_UV applied to the result: one key head [c_kv | k_pe], values c_kv. o[b,s,h,dv]"""
     h, dn, _, dv = sizes
     xp = xp_of(q_nope)
@@ -124,7 +56,7 @@ def absorbed_fwd(q_nope: Array, q_pe: Array, c_kv: Array, k_pe: Array, kv_b_proj
     q_c = stored(xp.matmul(q_nope[..., None, :], w_uk)[..., 0, :])  # [b,s,h,c]
     latent = c_kv[:, :, None, :]  # [b,t,1,c]
     k = xp.concat([latent, k_pe[:, :, None, :]], axis=-1)
-    (o_c, _), s_attention = attention_fwd(xp.concat([q_c, q_pe], axis=-1), k, latent, scale=scale)
+    o_c, s_attention = attend_fwd(xp.concat([q_c, q_pe], axis=-1), k, latent, cu, scale)
     o_c = stored(o_c)
     o = xp.matmul(o_c[..., None, :], xp.matrix_transpose(w_uv))[..., 0, :]  # [b,s,h,dv]
     return o, (q_nope, o_c, w_uk, w_uv, s_attention)
@@ -136,8 +68,7 @@ def absorbed_bwd(do: Array, saved: tuple, dn: int) -> tuple[Array, Array, Array,
     xp = xp_of(do)
     c = w_uk.shape[-1]
     do_c = stored(xp.matmul(do[..., None, :], w_uv)[..., 0, :])
-    dlse = 0 * xp.permute_dims(do[..., 0], (0, 2, 1))
-    dq, dk, dv = map(stored, attention_bwd(do_c, dlse, s_attention))
+    dq, dk, dv = attend_bwd(do_c, s_attention)
     dq_c, dq_pe = dq[..., :c], dq[..., c:]
     dq_nope = stored(xp.matmul(dq_c[..., None, :], xp.matrix_transpose(w_uk))[..., 0, :])
     dw_uk = xp.matmul(tokens_last(q_nope), tokens_first(dq_c))  # [h,dn,c]
@@ -163,6 +94,9 @@ def _form(name: str, core_fwd: Any, core_bwd: Any, doc: str) -> tuple[Any, Any]:
     def fwd(
         x: Array,
         positions: Array,
+        c_kv_cache: Array | None,
+        k_pe_cache: Array | None,
+        cu_seqlens: Array | None,
         q_proj: Array | None,
         q_a_proj: Array | None,
         q_a_layernorm: Array | None,
@@ -197,6 +131,7 @@ def _form(name: str, core_fwd: Any, core_bwd: Any, doc: str) -> tuple[Any, Any]:
         )
         sizes = num_attention_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         check_shapes(name, weights, sizes, kv_lora_rank)
+        check_sequences(name, x, c_kv_cache, k_pe_cache, cu_seqlens)
         yarn = Yarn(
             theta, factor, original_max_position_embeddings, beta_fast, beta_slow, mscale, mscale_all_dim, yarn_gating, max_position
         )
@@ -206,19 +141,25 @@ def _form(name: str, core_fwd: Any, core_bwd: Any, doc: str) -> tuple[Any, Any]:
         q_nope, q_pe, c_kv, k_pe, s_heads = heads_fwd(flat, xp.reshape(positions, (b * s,)), weights, sizes, rms_norm_eps, rope)
         scale = yarn.softmax_scale(qk_nope_head_dim + qk_rope_head_dim)
         split = [xp.reshape(a, (b, s, *a.shape[1:])) for a in (q_nope, q_pe, c_kv, k_pe)]
-        o, s_core = core_fwd(*split, kv_b_proj, sizes, scale)  # [b,s,h,dv]
-        y, s_out = linear_fwd(xp.reshape(stored(o), (b * s, -1)), o_proj)
-        return (xp.reshape(y, (b, s, d)), split[2], split[3]), (s_heads, s_core, s_out, sizes, x.shape)
+        keys, t = split[2:], 0 if c_kv_cache is None else c_kv_cache.shape[1]
+        if c_kv_cache is not None:
+            keys = [xp.concat([c_kv_cache, split[2]], axis=1), xp.concat([k_pe_cache, split[3]], axis=1)]  # [b,t+s,c], [b,t+s,r]
+        o, s_core = core_fwd(*split[:2], *keys, kv_b_proj, cu_seqlens, sizes, scale)  # [b,s,h,dv]
+        y, s_out = linear_fwd(xp.reshape(stored(o), (b * s, num_attention_heads * v_head_dim)), o_proj)
+        return (xp.reshape(y, (b, s, d)), split[2], split[3]), (s_heads, s_core, s_out, sizes, x.shape, c_kv_cache is not None, t)
 
     def bwd(dy: Array, dc_kv: Array, dk_pe: Array, saved: tuple) -> tuple[Array, ...]:
-        s_heads, s_core, s_out, (h, dn, _, dv), (b, s, d) = saved
+        s_heads, s_core, s_out, (h, dn, _, dv), (b, s, d), cached, t = saved
         xp = xp_of(dy)
         grads: Gradients = {}
         do, grads["o_proj"] = activation_bwd(linear_bwd, xp.reshape(dy, (b * s, d)), s_out)
         dq_nope, dq_pe, dc, dk, grads["kv_b_proj"] = core_bwd(xp.reshape(do, (b, s, h, dv)), s_core, dn)
-        dq_nope, dq_pe, dc, dk = (xp.reshape(a, (b * s, *a.shape[2:])) for a in (dq_nope, dq_pe, dc + dc_kv, dk + dk_pe))
+        if cached:
+            grads["c_kv_cache"], grads["k_pe_cache"] = dc[:, :t, :], dk[:, :t, :]
+        dc, dk = dc[:, t:, :] + dc_kv, dk[:, t:, :] + dk_pe
+        dq_nope, dq_pe, dc, dk = (xp.reshape(a, (b * s, *a.shape[2:])) for a in (dq_nope, dq_pe, dc, dk))
         dx = heads_bwd(dq_nope, dq_pe, dc, dk, s_heads, grads)
-        return xp.reshape(dx, (b, s, d)), *(grads[name] for name in WEIGHTS if name in grads)
+        return xp.reshape(dx, (b, s, d)), *(grads[name] for name in ("c_kv_cache", "k_pe_cache", *WEIGHTS) if name in grads)
 
     fwd.__name__, fwd.__doc__ = f"{name.replace('.', '_')}_fwd", doc
     bwd.__doc__ = "The mirror of the forward, part by part: dx = Σ over queries and latents; the latent key's gradient gathers over heads"
@@ -246,6 +187,14 @@ def check_shapes(op: str, w: dict[str, Array | None], sizes: tuple[int, int, int
             raise ValueError(f"{op}: {name} has shape {tuple(weight.shape)}; expected {expected} = {what} on axis {axis}")
 
 
+def check_sequences(op: str, x: Array, c_kv_cache: Array | None, k_pe_cache: Array | None, cu_seqlens: Array | None) -> None:
+    if (c_kv_cache is None) != (k_pe_cache is None):
+        raise ValueError(f"{op}: {'k_pe_cache' if k_pe_cache is None else 'c_kv_cache'} is missing; expected both caches or neither")
+    if cu_seqlens is not None and (x.shape[0] != 1 or c_kv_cache is not None):
+        what = "with caches" if c_kv_cache is not None else f"with b = {x.shape[0]}"
+        raise ValueError(f"{op}: cu_seqlens is given {what}; expected one row of packed sequences, b = 1, and no caches")
+
+
 mla_prefill_fwd, mla_prefill_bwd = _form(
     "mla.prefill",
     naive_fwd,
@@ -254,6 +203,10 @@ mla_prefill_fwd, mla_prefill_bwd = _form(
 
     c_kv[b,s,c] = rmsnorm of the latent and k_pe[b,s,r], rotated and shared by all heads, are what a cache keeps. Keys and values are
     expanded for every head. The softmax scale is (qk_nope + qk_rope)^(-1/2), times m(mscale_all_dim)² under YaRN.
+
+    c_kv_cache[b,t,c] and k_pe_cache[b,t,r] are earlier tokens' outputs (chunked prefill): the s tokens of x see them and, causally, each
+    other. cu_seqlens[j] packs sequences of any length into one row (b = 1): from cu_seqlens[i] to cu_seqlens[i+1]. positions are each
+    token's own.
     """,
 )
 mla_absorb_fwd, mla_absorb_bwd = _form(
@@ -263,13 +216,25 @@ mla_absorb_fwd, mla_absorb_bwd = _form(
     """y = o_proj W_UV attention([W_UKᵀ q_nope | rope q_pe], [c_kv | rope k_pe], c_kv)   (V3 eq. 1-11, W_UK and W_UV folded)
 
     The same function as mla.prefill: one key head of width c+r and values of width c, so a cache of c_kv and k_pe is all that is read.
+    Caches, cu_seqlens and the softmax scale as there.
     """,
 )
 
 
-def _case(name: str, b: int, s: int, lora: bool, note: str = "", starts: tuple[int, ...] = (0,), **attrs: Any) -> Case:
+def _case(
+    name: str,
+    b: int,
+    s: int,
+    lora: bool,
+    note: str = "",
+    starts: tuple[int, ...] = (0,),
+    cached: int = 0,
+    ends: tuple[int, ...] = (),
+    dn: int = 8,
+    **attrs: Any,
+) -> Case:
     """Small sizes, no two alike, so that no transposition passes: h=3 heads, dn=8, r=4, dv=6, c=12, q=10, d=16"""
-    h, dn, r, dv, c, q, d = 3, 8, 4, 6, 12, 10, 16
+    h, r, dv, c, q, d = 3, 4, 6, 12, 10, 16
     dims = {"b": b, "s": s, "d": d, "q": q, "c": c, "cr": c + r, "r": r, "hq": h * (dn + r), "hkv": h * (dn + dv), "hv": h * dv}
     draws: dict[str, tuple] = {"x": ("normal", 1.0), "positions": ("ascending", *starts), "dy": ("normal", 1.0)}
     draws |= {"dc_kv": ("normal", 1.0), "dk_pe": ("normal", 1.0)}
@@ -277,23 +242,46 @@ def _case(name: str, b: int, s: int, lora: bool, note: str = "", starts: tuple[i
     for weight, fan_in in {**queries, "kv_a_proj_with_mqa": d, "kv_b_proj": c, "o_proj": h * dv}.items():
         draws[weight] = ("normal", fan_in**-0.5)
     draws |= {"kv_a_layernorm": ("uniform", 0.5, 1.5)} | ({"q_a_layernorm": ("uniform", 0.5, 1.5)} if lora else {})
+    if cached:
+        dims["t"] = cached
+        draws |= {"c_kv_cache": ("normal", 1.0), "k_pe_cache": ("normal", 1.0)}
+    if ends:
+        dims["j"] = len(ends)
+        draws["cu_seqlens"] = ("positions", *ends)
+        draws["positions"] = ("positions", *(i for a, z in itertools.pairwise(ends) for i in range(z - a)))
     sizes = {"num_attention_heads": h, "qk_nope_head_dim": dn, "qk_rope_head_dim": r, "v_head_dim": dv, "kv_lora_rank": c}
     return Case(name, dims, draws, {**sizes, **attrs}, note)
 
 
 def _op(name: str, fwd: Any, bwd: Any) -> Op:
     cases = (
-        _case("v3", 2, 5, True, "YaRN, query LoRA", (0, 7000), factor=40.0),
-        _case("v2-lite", 1, 6, False, "no query LoRA", (0,), factor=40.0, mscale=0.707, mscale_all_dim=0.707),
-        _case("kimi-k2", 1, 5, True, "", (100,), theta=50000.0, factor=32.0, beta_fast=1.0),
+        _case("v3", 2, 5, True, "YaRN, query LoRA", (0, 7000), **YARN_V3),
+        _case("v2", 1, 5, True, "YaRN with mscale 0.707", (3,), **YARN_V2),
+        _case("v2-lite", 1, 6, False, "no query LoRA", (0,), **YARN_V2),
+        _case("square", 1, 4, False, "qk_nope is kv_lora_rank: W_UK may be read as its transpose", (50,), dn=12, **YARN_V3),
+        _case("kimi-k2", 1, 5, True, "", (100,), **YARN_KIMI),
         _case("moonlight", 1, 5, False, "no YaRN", (0,), theta=50000.0),
-        _case("half", 1, 5, True, "rotated halves, as Hugging Face caches k_pe", (160000,), factor=40.0, rope_layout_out="half"),
+        _case("half", 1, 5, True, "rotated halves, as Hugging Face caches k_pe", (160000,), rope_layout_out="half", **YARN_V3),
+        _case("mscales", 1, 4, True, "mscale and mscale_all_dim differ: the amplitude is not 1", (9,), factor=40.0, mscale_all_dim=0.707),
+        _case(
+            "gated",
+            1,
+            4,
+            True,
+            "native: no YaRN within the original length",
+            (3000,),
+            yarn_gating="beyond_original",
+            max_position=4096,
+            **YARN_V3,
+        ),
         _case("one", 1, 1, True, "a single token attends to itself", (0,)),
+        _case("chunk", 2, 3, True, "three tokens after four cached ones", (4, 4), cached=4, **YARN_V3),
+        _case("packed", 1, 6, True, "sequences of 1, 3 and 2 tokens in one row", (0,), ends=(0, 1, 4, 6), **YARN_V3),
     )
     flops = "2*b*s*(d*(q+cr)+q*hq+c*hkv+d*hv)+2*b*s*s*(hq+hv)"
     source = "DeepSeek-V3 paper eq. 1-11; DeepSeek-V2 paper §2.1; DeepSeek-V3 inference/model.py, MLA"
     return Op(name, fwd, bwd, cases, flops, source, vary="")
 
 
-mla_prefill = _op("mla.prefill", mla_prefill_fwd, mla_prefill_bwd)
-mla_absorb = _op("mla.absorb", mla_absorb_fwd, mla_absorb_bwd)
+mla_prefill = declare(_op("mla.prefill", mla_prefill_fwd, mla_prefill_bwd))
+mla_absorb = declare(_op("mla.absorb", mla_absorb_fwd, mla_absorb_bwd))

@@ -8,6 +8,7 @@ and rounds up. A kind follows the colon:
     exact   floating point output, judged bit for bit
     code    bit patterns: uint8 or uint16
     index   integers; as an output, a choice that is compared as a set along the last axis
+    like    an array whose framework, dtype and device the outputs take, for an op that has no other; subjects need not take it
 
 An input whose name ends in "?" may be left out (a model without a query LoRA has no q_a_proj); its gradient is then left out too.
 """
@@ -26,7 +27,7 @@ from array_api_compat import is_array_api_obj
 
 from .xp import Array, xp_of
 
-KINDS = ("real", "const", "exact", "code", "index")
+KINDS = ("real", "const", "exact", "code", "index", "like")
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class Op:
     def run(self, direction: str, inputs: Mapping[str, Array], attrs: Mapping[str, Any]) -> dict[str, Array]:
         """Outputs by name. A decision among the inputs is taken as given."""
         given = {self.choice[0]: inputs[self.choice[0]]} if self.choice and self.choice[0] in inputs else {}
-        result, saved = self.fwd(*(inputs.get(t.name) if t.optional else inputs[t.name] for t in self.inputs), **attrs, **given)
+        result, saved = self.fwd(*(inputs.get(t.name) for t in self.inputs), **attrs, **given)
         tensors = self.outputs
         if direction == "backward":
             if self.bwd is None:

@@ -47,11 +47,20 @@ def constant(x: Array, values: Any) -> Array:
     return array if hook is None else hook(array)
 
 
-def stored(x: Array) -> Array:
+def clip(x: Array, low: float | None = None, high: float | None = None) -> Array:
+    """min(max(x, low), high), NaN kept. array-api-compat's own clip drops what an ndarray subclass carries."""
+    xp = xp_of(x)
+    if low is not None:
+        x = xp.where(x < low, xp.full_like(x, low), x)
+    return x if high is None else xp.where(x > high, xp.full_like(x, high), x)
+
+
+def stored(x: Array, any_unit: bool = False) -> Array:
     """Marks a place where an implementation stores an intermediate in the activations' own format.
 
     The identity on plain arrays: the reference stays in the dtype it is given. On arrays that simulate a claimed
-    precision (they have the method `__stored__`), one rounding to that precision's storage format.
+    precision (they have the method `__stored__`), one rounding to that precision's storage format. any_unit says that
+    implementations store each row in a unit of their own, which divides out later: what is 1 here need not be there.
     """
     hook = getattr(x, "__stored__", None)
-    return x if hook is None else hook()
+    return x if hook is None else hook(any_unit)
