@@ -4,7 +4,40 @@ Importing compiles nothing: an op compiles at its first call, once per machine (
 """
 
 from . import cast, fp8, router
+from .attention import attention, attention_bwd, attention_merge, attention_merge_bwd, attention_varlen, attention_varlen_bwd
 from .cast import decode, encode
+from .linear import linear, linear_bwd
+from .mla import mla_absorb, mla_absorb_bwd, mla_prefill, mla_prefill_bwd
+from .mla_cache import cache_append, cache_read
+from .mla_decode import mla_decode, mla_decode_fp8
 from .norm import rmsnorm, rmsnorm_bwd
+from .rotary import rope, rope_bwd, rope_frequencies
 
-__all__ = ["cast", "decode", "encode", "fp8", "rmsnorm", "rmsnorm_bwd", "router"]
+__all__ = [
+    "attention",
+    "attention_bwd",
+    "attention_merge",
+    "attention_merge_bwd",
+    "attention_varlen",
+    "attention_varlen_bwd",
+    "cache_append",
+    "cache_read",
+    "cast",
+    "decode",
+    "encode",
+    "fp8",
+    "linear",
+    "linear_bwd",
+    "mla_absorb",
+    "mla_absorb_bwd",
+    "mla_decode",
+    "mla_decode_fp8",
+    "mla_prefill",
+    "mla_prefill_bwd",
+    "rmsnorm",
+    "rmsnorm_bwd",
+    "rope",
+    "rope_bwd",
+    "rope_frequencies",
+    "router",
+]

@@ -1,0 +1,29 @@
+"""The linear layer, forward and backward: one BLAS product each."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._declared import declared
+
+
+def transposed(weight: NDArray[Any], x: NDArray[Any]) -> NDArray[Any]:
+    """yᵀ[o,n] = Σ_d weight[o,d] x[n,d]: with few tokens BLAS is faster so than in the other order, for it shares out the longer side"""
+    return np.matmul(weight, x.T)
+
+
+def linear(x: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
+    """y[n,o] = sum_d x[n,d] weight[o,d].
+
+    x[n,d] and weight[o,d] are float32 or float64 alike, and so is y; sums in that dtype. ValueError: dtypes or shapes do not fit.
+    """
+    arrays, _, _ = declared("linear", "forward", {"x": x, "weight": weight}, {})
+    return np.matmul(arrays["x"], arrays["weight"].T)
+
+
+def linear_bwd(x: NDArray[Any], weight: NDArray[Any], dy: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """dx[n,d] = sum_o dy[n,o] weight[o,d],   dweight[o,d] = sum_n dy[n,o] x[n,d]. Errors as linear."""
+    arrays, _, _ = declared("linear", "backward", {"x": x, "weight": weight, "dy": dy}, {})
+    x, weight, dy = (arrays[name] for name in ("x", "weight", "dy"))
+    return np.matmul(dy, weight), np.matmul(dy.T, x)
