@@ -7,7 +7,21 @@ from typing import Any
 
 from ...ref.op import Op
 
-FILES = ("cast", "fp8", "norm", "router")
+FILES = (
+    "attention",
+    "attention_backward",
+    "cache",
+    "cast",
+    "decode",
+    "fp8",
+    "mla",
+    "mla_backward",
+    "mla_weights",
+    "norm",
+    "parts",
+    "rope",
+    "router",
+)
 
 
 @dataclass(frozen=True)
