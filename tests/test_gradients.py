@@ -18,7 +18,9 @@ from leadline.ref import OPS, Op
 
 Arrays = dict[str, np.ndarray]
 WITH_BACKWARD = [name for name, op in OPS.items() if op.bwd]
-MUTANTS = [pytest.param(name, bug, id=f"{name}-{bug.id}") for name in WITH_BACKWARD for bug in bugs_of(OPS[name], "backward") if bug.bwd]
+# A bug with a forward of its own is another function, whose backward may well be its derivative.
+WRONG = [(name, bug) for name in WITH_BACKWARD for bug in bugs_of(OPS[name], "backward") if bug.bwd and not bug.fwd]
+MUTANTS = [pytest.param(name, bug, id=f"{name}-{bug.id}") for name, bug in WRONG]
 UNIT = 2.0**-53
 FP64 = PRECISIONS["fp64"]
 
@@ -36,10 +38,11 @@ def directions(op: Op, inputs: Arrays, seed: int) -> Arrays:
     """A random direction for each input that has a gradient, of that input's own size. Powers of two keep x ± h v nearly exact."""
     tangents = {}
     for t in op.inputs:
-        if t.kind == "real":
+        if t.kind == "real" and t.name in inputs:
             x = inputs[t.name]
-            size = np.sqrt(np.mean(x * x)) if x.size else 0.0
-            tangents[t.name] = Source(f"direction {op.name} {t.name} {seed}").normal(x.shape) * (size or 1.0)
+            finite = np.isfinite(x)  # an infinity (the lse of a part without keys) stays where it is
+            size = np.sqrt(np.mean(x[finite] ** 2)) if finite.any() else 0.0
+            tangents[t.name] = Source(f"direction {op.name} {t.name} {seed}").normal(x.shape) * (size or 1.0) * finite
     return tangents
 
 
@@ -49,7 +52,8 @@ def along(op: Op, inputs: Arrays, attrs: Any, tangents: Arrays, h: float) -> flo
     for step in (h, -h):
         moved = {name: x + step * tangents[name] if name in tangents else x for name, x in inputs.items()}
         outputs = op.run("forward", moved, attrs)
-        sides.append(sum(float(np.sum(inputs[f"d{t.name}"] * outputs[t.name])) for t in op.outputs if t.kind == "real"))
+        pairs = [(inputs[f"d{t.name}"], outputs[t.name]) for t in op.outputs if t.kind == "real"]
+        sides.append(sum(float(np.sum(dy * np.where(np.isfinite(y), y, 0.0))) for dy, y in pairs))  # an infinite lse is a constant
     return (sides[0] - sides[1]) / (2 * h)
 
 
@@ -71,7 +75,8 @@ def difference_gap(op: Op, inputs: Arrays, attrs: Any, seed: int) -> tuple[float
     sigma_y = band_of(truth, "forward", forward, attrs, FP64, choice).sigma
     sigma_dx = band_of(truth, "backward", inputs, attrs, FP64).sigma
     noise = DEVIATIONS * sum(float(np.sum(np.abs(inputs[f"d{name}"]) * sigma)) for name, sigma in sigma_y.items())
-    noise += UNIT * sum(float(np.sum(np.abs(grads[f"d{name}"] * inputs[name]))) for name in tangents)
+    moved = {name: np.where(np.isfinite(inputs[name]), inputs[name], 0.0) for name in tangents}
+    noise += UNIT * sum(float(np.sum(np.abs(grads[f"d{name}"] * x))) for name, x in moved.items())
     own = DEVIATIONS * sum(float(np.sum(np.abs(v) * sigma_dx[f"d{name}"])) for name, v in tangents.items())
     steps = [2.0**-k for k in range(4, 28)]
     d = [along(op, inputs, attrs, tangents, h) for h in steps]
@@ -100,7 +105,7 @@ def cases(op: Op) -> Iterator[tuple[Arrays, Any]]:
 def test_differences_kill(name: str, bug: Bug) -> None:
     """Each known bug of a backward breaks the derivative on some declared case."""
     gaps = (difference_gap(broken(name, bug), inputs, attrs, 0) for inputs, attrs in cases(OPS[name]))
-    assert any(error > bound for error, bound in gaps)
+    assert any(not error <= bound for error, bound in gaps)  # NaN is found too
 
 
 @pytest.mark.parametrize("name", WITH_BACKWARD)
@@ -124,18 +129,21 @@ def smooth(op: Op, inputs: Arrays) -> Arrays:
 
 
 def assert_within_noise(op: Op, inputs: Arrays, attrs: Any, theirs: Arrays) -> None:
-    """Two correct evaluations differ by SLACK·6 σ of the backward's Monte-Carlo runs at fp64, at most."""
+    """Two correct evaluations differ by SLACK·6 σ of the backward's Monte-Carlo runs at fp64, at most. One element in a thousand may
+    differ by a hundred times that: where errors cancel in one formula by accident, they need not in the other, and σ is of the one."""
     ours = op.run("backward", inputs, attrs)
     sigma = band_of(OPS[op.name], "backward", inputs, attrs, FP64).sigma
     for output, g in theirs.items():
         assert g.shape == ours[output].shape
-        assert np.all(np.abs(g - ours[output]) <= SLACK * DEVIATIONS * sigma[output]), output
+        error, bound = np.abs(g - ours[output]), SLACK * DEVIATIONS * sigma[output]
+        assert np.all(error <= 100 * bound), output
+        assert np.sum(error > bound) <= error.size // 1000, output
 
 
 def reverse_by_torch(op: Op, inputs: Arrays, attrs: Any) -> Arrays:
     import torch
 
-    real = [t.name for t in op.inputs if t.kind == "real"]
+    real = [t.name for t in op.inputs if t.kind == "real" and t.name in inputs]
     tensors = {name: torch.tensor(x, requires_grad=name in real) for name, x in inputs.items()}
     outputs = op.run("forward", tensors, attrs)
     results = [t.name for t in op.outputs if t.kind == "real"]
@@ -217,7 +225,7 @@ def test_adjoint_identity_kills(name: str, bug: Bug) -> None:
     """Each known bug of a backward breaks the adjoint identity on some declared case."""
     op = broken(name, bug)
     gaps = (adjoint_gap(op, smooth(op, inputs), attrs, 0) for inputs, attrs in cases(op))
-    assert any(error > bound for error, bound in gaps)
+    assert any(not error <= bound for error, bound in gaps)  # NaN is found too
 
 
 @pytest.mark.peers("jax")
@@ -230,7 +238,7 @@ def test_jax_agrees(name: str, data: st.DataObject) -> None:
 
     q = data.draw(strategies.questions(name, direction="backward", empty=False))
     op, inputs = q.op, smooth(q.op, q.inputs)
-    real = [t.name for t in op.inputs if t.kind == "real"]
+    real = [t.name for t in op.inputs if t.kind == "real" and t.name in inputs]
     with jax.enable_x64(True):
         arrays = {k: jax.numpy.asarray(x) for k, x in inputs.items()}
 

@@ -327,16 +327,23 @@ def test_decisions_are_plain() -> None:
 
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if not op.exact])
 def test_every_real_op_scatters(name: str) -> None:
-    """No step of a reference loses the noise on the way: real outputs of the first case that has sums differ from run to run."""
+    """No step of a reference loses the noise on the way: every real output differs from run to run in some case."""
     op = OPS[name]
-    case = max(op.cases, key=lambda c: c.quick and np.prod(list(c.dims.values())) < 5000)
     for direction in ("forward", "backward") if op.bwd else ("forward",):
-        inputs = draw_case(op, case, direction, FP32)
-        for t in op.signature_of(direction)[1]:
-            if t.kind == "real":
-                runs = [op.run(direction, noisy_inputs(inputs, Noise(FP32, seed)), case.attrs)[t.name] for seed in range(2)]
-                assert all(isinstance(run, NoisyArray) for run in runs)
-                assert np.any(plain(runs[0]) != plain(runs[1]))
+        differ: set[str] = set()
+        outputs: set[str] = set()
+        for case in op.cases:
+            inputs = draw_case(op, case, direction, FP32)
+            if sum(x.size for x in inputs.values()) > 20_000:
+                continue
+            first, second = (op.run(direction, noisy_inputs(inputs, Noise(FP32, seed)), case.attrs) for seed in range(2))
+            for t in op.signature_of(direction, inputs)[1]:
+                if t.kind == "real":
+                    outputs.add(t.name)
+                    assert isinstance(first[t.name], NoisyArray)
+                    if np.any(plain(first[t.name]) != plain(second[t.name])):
+                        differ.add(t.name)
+        assert differ == outputs
 
 
 @pytest.mark.parametrize(("fmt", "dtype"), [("fp64", np.float64), ("fp32", np.float32), ("fp16", np.float16)])
@@ -398,15 +405,17 @@ def test_bands_pass_float32_and_fail_a_gain(name: str, direction: str, case_name
     op = OPS[name]
     case = next(c for c in op.cases if c.name == case_name)
     inputs = draw_case(op, case, direction, FP32)
-    choice = op.run("forward", {t.name: inputs[t.name] for t in op.inputs}, case.attrs)[op.choice[0]] if op.choice else None
+    forward = {t.name: inputs[t.name] for t in op.signature_of("forward", inputs)[0]}
+    choice = op.run("forward", forward, case.attrs)[op.choice[0]] if op.choice else None
     band = band_of(op, direction, inputs, case.attrs, FP32, choice)
     outputs = op.run(direction, {**inputs, **({op.choice[0]: choice} if op.choice else {})}, case.attrs)
     for output, limits in band.limits.items():
-        sigma, truth = band.sigma[output], band.truth[output]
+        finite = np.isfinite(band.truth[output])  # lse of an empty row
+        sigma, truth = (np.where(finite, x, 0.0) for x in (band.sigma[output], band.truth[output]))
         visible = 1e-3 * float(np.sqrt(np.mean(in_sigma(truth, sigma) ** 2))) > 2 * limits["rms"]
-        assert visible or case_name == "one" or not np.any(truth)
+        assert visible or case_name in ("one", "beyond-float16") or not np.any(truth)  # scores of thousands: float32's noise hides it
         for gain in (1.0, 1.001) if visible else (1.0,):
-            found = measured(outputs[output].astype(np.float64) * gain, truth, sigma, floor_of(FP32, truth))
+            found = measured(np.where(finite, outputs[output].astype(np.float64), 0.0) * gain, truth, sigma, floor_of(FP32, truth))
             assert all(found[k] <= limits[k] for k in limits) == (gain == 1.0), f"{output} {gain}: {found} {limits}"
 
 
@@ -423,10 +432,13 @@ PARAMETERS: dict[str, tuple] = {
     "const": (0.25,),
     "steps": (4, 0.5),
     "wide": (-40, 20),
+    "whole": (0, 400),
+    "values": (1.0, -2.5, 3.0),
     "outliers": (1.0, 60.0),
     "zero_rows": (1.0,),
     "rows_wide": (-20, 12),
     "some_infinite": (2.0,),
+    "nan_tail": (1.0, 2, 100),
     "tile_ties": (128,),
     "tile_midpoints": (128,),
     "tile_edges": (128,),
@@ -437,10 +449,13 @@ DIGESTS = {
     "const": "47a4c67bde9def930d8923df30dbcad23a885bc19238b437a407d2c00fd23e6d",
     "steps": "fcd93ac55cdb5394ddc5e8c285f5f1159df9a387a623aaf282f7cc078f24f0d2",
     "wide": "e87b414ad3a09a810ef0afd619de73a2a4579264bf5c77ac7176839598d705c2",
+    "whole": "446ba04a826c64126587ee926f63d3f2c2135efadf455371eaf7503fd4161c39",
+    "values": "51851acb783572d707515055ae8173a137a6b426745be89e10c7aca947eb4aee",
     "outliers": "4fb524d937eed83e440fcf549122b2045e96ba83bc6405798620f54702f822ed",
     "zero_rows": "c7492cc72efefdf620187b65d168db49513ec6ccc3652a727ceed81e679f252b",
     "rows_wide": "95d08923979740fa8cc202b7b666ac378e0e7f611e3d2a79dde0213f9a1c80c8",
     "some_infinite": "94e8b25e0c45512227d76c2eca2ec4b2ffbc6fd00d535f5ddc033e6e5adb3e3e",
+    "nan_tail": "9d0f9acb067a5495492bbac9e5b8dc60e778b8ef82c3f9f504b8dde460be37ae",
     "tile_ties": "e0ece0f5061eeb304fc902511ba692bf07e57660e8b4bb52fea5c5b8f703af7f",
     "tile_midpoints": "40bb900a12afa19a08dc2d9b931d2effb21f9d67db1bbb60d92c247b44cc333f",
     "tile_edges": "8f45bc80eaecd93196f2a4396acfa7eb8f6a3342324b7d7ccefa3d920b3094f7",
@@ -471,7 +486,7 @@ OWN_DIGESTS = {
 }
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DRAWS if kind != "const"])
+@pytest.mark.parametrize("kind", [kind for kind in DRAWS if kind not in ("const", "values")])
 def test_draws_depend_on_their_key_alone(kind: str) -> None:
     """One key gives one array, another key another."""
     once, again, other = (drawn(kind, *PARAMETERS[kind], key=key) for key in ("a", "a", "b"))
@@ -487,7 +502,7 @@ def test_inputs_depend_on_name_and_seed(name: str) -> None:
     first, again, other = (draw_case(op, case, "forward", FP32, seed) for seed in (0, 0, 1))
     for tensor, x in first.items():
         np.testing.assert_array_equal(again[tensor], x)
-        if case.draw[tensor][0] not in ("codes", "every_bf16", "boundary", "const"):
+        if case.draw[tensor][0] not in ("codes", "every_bf16", "boundary", "const", "values", "positions", "ascending"):
             assert np.any(other[tensor] != x)
 
 
@@ -501,7 +516,7 @@ def test_inputs_are_representable(name: str, precision: Any) -> None:
             continue
         for direction in ("forward", "backward") if op.bwd else ("forward",):
             inputs = draw_case(op, case, direction, precision)
-            for t in op.signature_of(direction)[0]:
+            for t in op.signature_of(direction, inputs)[0]:
                 x = inputs[t.name]
                 if x.dtype.kind == "f":
                     assert x.dtype == (np.float64 if precision.format_of(t).bits == 64 else np.float32)

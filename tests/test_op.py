@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from leadline.golden.draw import DRAWS, draw_case
+from leadline.golden.draw import DRAWS, INTEGERS, draw_case
 from leadline.golden.precision import PRECISIONS
 from leadline.ref import OPS, Op, op_named
 from leadline.ref.op import Tensor, bind, check_attr, declare, extent, parse
@@ -15,10 +15,10 @@ NAMES = list(OPS)
 FLOAT = np.float32
 
 
-def example(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The smallest declared case of an op: inputs and attributes"""
+def example(name: str, holds: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The smallest declared case of an op, of those that give an optional input: inputs and attributes"""
     op = OPS[name]
-    case = min(op.cases, key=lambda c: np.prod(list(c.dims.values())))
+    case = min((c for c in op.cases if not holds or holds in c.draw), key=lambda c: np.prod(list(c.dims.values())))
     return draw_case(op, case, "forward", PRECISIONS["fp32"]), dict(case.attrs)
 
 
@@ -37,7 +37,7 @@ INPUTS = [(name, tensor) for name in NAMES for tensor in OPS[name].inputs]
 CLASHES = [
     (name, tensor)
     for name, tensor in INPUTS
-    if any(other is not tensor and letter in other.dims for other in OPS[name].inputs for letter in tensor.dims if letter.isalpha())
+    if tensor.dims and any(other is not tensor and tensor.dims[-1] in other.dims for other in OPS[name].inputs if not other.optional)
 ]
 
 
@@ -48,7 +48,7 @@ def ids(pairs: list[tuple[str, Tensor]]) -> list[str]:
 @pytest.mark.parametrize(("name", "tensor"), INPUTS, ids=ids(INPUTS))
 def test_wrong_rank_is_refused(name: str, tensor: Tensor) -> None:
     """An array of another rank: its name, its shape and the declared letters."""
-    inputs, attrs = example(name)
+    inputs, attrs = example(name, tensor.name)
     inputs[tensor.name] = inputs[tensor.name][..., None]
     assert_says(
         message(lambda: OPS[name].run("forward", inputs, attrs)), tensor.name, str(inputs[tensor.name].shape), f"[{','.join(tensor.dims)}]"
@@ -58,7 +58,7 @@ def test_wrong_rank_is_refused(name: str, tensor: Tensor) -> None:
 @pytest.mark.parametrize(("name", "tensor"), CLASHES, ids=ids(CLASHES))
 def test_letters_that_disagree_are_refused(name: str, tensor: Tensor) -> None:
     """A size that another array's letter contradicts: the shape, the letter and its value."""
-    inputs, attrs = example(name)
+    inputs, attrs = example(name, tensor.name)
     inputs[tensor.name] = np.concatenate([inputs[tensor.name]] * 2, axis=-1)
     text = message(lambda: OPS[name].run("forward", inputs, attrs))
     assert_says(text, "has shape", f"{tensor.dims[-1]} = ")
@@ -67,27 +67,34 @@ def test_letters_that_disagree_are_refused(name: str, tensor: Tensor) -> None:
 @pytest.mark.parametrize(("name", "tensor"), INPUTS, ids=ids(INPUTS))
 def test_wrong_dtype_is_refused(name: str, tensor: Tensor) -> None:
     """Integers for numbers, numbers for codes: the array's name and its dtype."""
-    inputs, attrs = example(name)
+    inputs, attrs = example(name, tensor.name)
     wrong = np.int32 if inputs[tensor.name].dtype.kind == "f" else FLOAT
     inputs[tensor.name] = np.zeros(inputs[tensor.name].shape, wrong)
     assert_says(message(lambda: OPS[name].run("forward", inputs, attrs)), tensor.name, np.dtype(wrong).name)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if OPS[name].inputs[0].kind == "code"])
-def test_codes_of_another_width_are_refused(name: str) -> None:
+CODES = [(name, tensor) for name, tensor in INPUTS if tensor.kind == "code"]
+
+
+@pytest.mark.parametrize(("name", "tensor"), CODES, ids=ids(CODES))
+def test_codes_of_another_width_are_refused(name: str, tensor: Tensor) -> None:
     """uint16 for codes of 8 bits and the reverse."""
     inputs, attrs = example(name)
-    codes = inputs["codes"]
+    codes = inputs[tensor.name]
     other = np.uint8 if codes.dtype == np.uint16 else np.uint16
-    assert_says(message(lambda: OPS[name].run("forward", {**inputs, "codes": codes.astype(other)}, attrs)), "codes", np.dtype(other).name)
+    wrong = {**inputs, tensor.name: codes.astype(other)}
+    assert_says(message(lambda: OPS[name].run("forward", wrong, attrs)), tensor.name, np.dtype(other).name)
 
 
 @pytest.mark.parametrize(("name", "tensor"), INPUTS, ids=ids(INPUTS))
 def test_lists_and_missing_arrays_are_refused(name: str, tensor: Tensor) -> None:
     """A list instead of an array, and no array at all: the name, what came, and the shape that was expected."""
-    inputs, attrs = example(name)
-    listed = {**inputs, tensor.name: inputs[tensor.name].tolist()}
-    assert_says(message(lambda: OPS[name].fwd(**listed, **attrs)), tensor.name, "list", f"[{','.join(tensor.dims)}]")
+    inputs, attrs = example(name, tensor.name)
+    plain = inputs[tensor.name].tolist()
+    listed = {**inputs, tensor.name: plain}
+    assert_says(message(lambda: OPS[name].fwd(**listed, **attrs)), tensor.name, type(plain).__name__, f"[{','.join(tensor.dims)}]")
+    if tensor.optional:
+        return
     rest = {k: x for k, x in inputs.items() if k != tensor.name}
     assert_says(message(lambda: OPS[name].fwd(**rest, **attrs)), f"{tensor.name} is missing", f"[{','.join(tensor.dims)}]")
 
@@ -252,7 +259,7 @@ def test_cases_fit_the_signature(name: str) -> None:
     given = {t.name for t in op.outputs}
     for case in op.cases:
         for direction in directions(op):
-            inputs, outputs = op.signature_of(direction)
+            inputs, outputs = op.signature_of(direction, case.draw)
             letters = {**op.defaults, **case.attrs, **case.dims}
             drawn = [t.name for t in inputs if t.name not in given]
             assert set(drawn) <= set(case.draw)
@@ -264,8 +271,9 @@ def test_cases_fit_the_signature(name: str) -> None:
                 assert {n: y.shape for n, y in results.items()} == {t.name: t.shape(letters) for t in outputs}
         assert set(case.attrs) <= set(op.attrs)
         assert set(case.draw) <= {t.name for d in directions(op) for t in op.signature_of(d)[0]}
-        assert {spec[0] for spec in case.draw.values()} <= {*DRAWS, "codes", "every_bf16", "boundary"}
-        assert {d for t in (*op.inputs, *op.outputs) for dim in t.dims for d in dim.split("/")} <= {*case.dims, *op.attrs}
+        assert {spec[0] for spec in case.draw.values()} <= {*DRAWS, *INTEGERS, "codes", "every_bf16", "boundary"}
+        tensors = (*op.signature_of("forward", case.draw)[0], *op.outputs)
+        assert {d for t in tensors for dim in t.dims for d in dim.split("/") if not d.isdigit()} <= {*case.dims, *op.attrs}
         assert set(op.vary) <= set(case.dims)
     assert isinstance(eval(op.flops, {}, {**op.defaults, **op.cases[0].dims}), int | float)  # in the letters and the attributes
 

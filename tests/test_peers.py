@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 from leadline.golden import Report, verify
-from leadline.golden.judge import FAIL, PASS
+from leadline.golden.judge import FAIL, PASS, SKIPPED
 
 pytestmark = pytest.mark.peers
 
@@ -12,7 +12,7 @@ CASTS = [f"{kind}.{fmt}" for kind in ("cast", "encode", "decode") for fmt in ("e
 
 
 def run(subject: str, *ops: str, **options: object) -> Report:
-    if importlib.util.find_spec(subject) is None:
+    if importlib.util.find_spec(subject.partition(".")[0]) is None:
         pytest.skip(f"needs {subject} (the extra peers)")
     return verify(subject, list(ops), **options)  # type: ignore[arg-type]
 
@@ -26,6 +26,19 @@ def test_transformers_router_and_norm_pass_forward_and_backward_at_fp32_and_bf16
         for direction in ("forward", "backward")
         for precision in ("fp32", "bf16")
     }
+
+
+@pytest.mark.parametrize("subject", ["transformers", "transformers.v2"])
+def test_transformers_attention_passes_forward_and_backward(subject: str) -> None:
+    """DeepseekV3Attention and DeepseekV2Attention: every configuration, YaRN on and off, chunks after a cache and packed rows, at fp32 and
+    bf16; the backward through torch's autograd. All that is left out is what they say they do not do."""
+    report = run(subject, "rope.frequencies", "rope", "mla.prefill").raise_for_verdict()
+    passed = {(r.op, r.direction, r.precision) for r in report.results if r.verdict == PASS}
+    both = {(op, way, p) for op in ("rope", "mla.prefill") for way in ("forward", "backward") for p in ("fp32", "bf16")}
+    assert passed == both | {("rope.frequencies", "forward", p) for p in ("fp32", "bf16")}
+    cases = {r.case for r in report.results if r.op == "mla.prefill" and r.verdict == PASS}
+    assert {"v3", "v2", "v2-lite", "kimi-k2", "moonlight", "chunk", "packed"} <= cases
+    assert all(r.reason for r in report.results if r.verdict == SKIPPED)
 
 
 def test_transformers_norm_fails_at_bf16_where_it_does_not_say_how_it_rounds() -> None:

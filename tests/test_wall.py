@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from leadline.golden.vectors import Store
 from leadline.golden.verify import Report, verify
-from variants import ALL, FAST_EXP, ROUNDED_FIRST, VARIANTS, Variant
+from variants import ALL, COS_SIN_STORED, FAST_EXP, ROUNDED_FIRST, VARIANTS, Variant
 
 STORE = Store()
 OPS = list(dict.fromkeys((v.op, v.direction) for v in VARIANTS))
@@ -74,6 +74,12 @@ def test_correct_casts_pass_with_either_overflow(overflow: str) -> None:
 def test_either_cast_order_passes_as_what_it_says(variant: Variant) -> None:
     """An RMSNorm that rounds x·rstd to bfloat16 before the weight passes once cast_order says so."""
     assert not complaint(asked(variant, "bf16", (0, 1), {"cast_order": "cast_then_weight"}))
+
+
+@pytest.mark.parametrize("variant", COS_SIN_STORED, ids=lambda v: f"{v.id}-{v.precisions[0]}")
+def test_a_stored_table_of_cosines_passes_as_what_it_says(variant: Variant) -> None:
+    """A rotation by cos and sin that were rounded to bfloat16 passes once cos_sin says so."""
+    assert not complaint(asked(variant, variant.precisions[0], (1, 2), {"cos_sin": "stored"}))
 
 
 @pytest.mark.parametrize("precision", FAST_EXP.precisions)

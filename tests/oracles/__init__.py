@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from . import attention, cast, linear, mla, norm, quantize, rope, router
+from . import attention, balance, cache, cast, decode, eplb, linear, mla, moe, norm, quantize, rope, router
 from .floats import CAST_FORMATS
 
 Oracle = Callable[[dict[str, np.ndarray], dict], dict[str, np.ndarray]]
@@ -20,6 +20,24 @@ ORACLES: dict[tuple[str, str], Oracle] = {
     ("rmsnorm", "backward"): norm.backward,
     ("router.noaux_tc", "forward"): router.forward,
     ("router.noaux_tc", "backward"): router.backward,
+    ("router.softmax", "forward"): router.softmax,
+    ("router.softmax", "backward"): router.softmax_backward,
+    ("router.balance_loss", "forward"): balance.loss,
+    ("router.balance_loss", "backward"): balance.loss_backward,
+    ("router.drop_tokens", "forward"): balance.drop,
+    ("router.drop_tokens", "backward"): balance.drop_backward,
+    ("router.bias_update", "forward"): balance.bias_update,
+    ("swiglu", "forward"): moe.swiglu,
+    ("swiglu", "backward"): moe.swiglu_backward,
+    ("moe.permute", "forward"): moe.permute,
+    ("moe.permute", "backward"): moe.permute_backward,
+    ("moe.unpermute", "forward"): moe.unpermute,
+    ("moe.unpermute", "backward"): moe.unpermute_backward,
+    ("moe.experts", "forward"): moe.experts,
+    ("moe.experts", "backward"): moe.experts_backward,
+    ("moe.layer", "forward"): moe.layer,
+    ("moe.layer", "backward"): moe.layer_backward,
+    ("moe.eplb", "forward"): eplb.rebalance,
     ("linear", "forward"): linear.forward,
     ("linear", "backward"): linear.backward,
     ("rope.frequencies", "forward"): rope.frequencies,
@@ -27,17 +45,38 @@ ORACLES: dict[tuple[str, str], Oracle] = {
     ("rope", "backward"): rope.backward,
     ("attention", "forward"): attention.forward,
     ("attention", "backward"): attention.backward,
+    ("attention.varlen", "forward"): attention.varlen,
+    ("attention.varlen", "backward"): attention.varlen_backward,
     ("attention.merge", "forward"): attention.merge,
     ("attention.merge", "backward"): attention.merge_backward,
     ("mla.prefill", "forward"): mla.forward,
     ("mla.prefill", "backward"): mla.backward,
     ("mla.absorb", "forward"): mla.forward,  # in exact arithmetic, one function
     ("mla.absorb", "backward"): mla.backward,
-    ("mla.decode", "forward"): mla.decode,
+    ("mla.decode", "forward"): decode.forward,
+    ("mla.decode_fp8", "forward"): decode.fp8,
+    ("cache.append", "forward"): cache.append,
+    ("cache.read", "forward"): cache.read,
 }
 for _name in CAST_FORMATS:
     ORACLES[f"cast.{_name}", "forward"] = partial(cast.cast, _name)
     ORACLES[f"encode.{_name}", "forward"] = partial(cast.encode, _name)
     ORACLES[f"decode.{_name}", "forward"] = partial(cast.decode, _name)
 
-__all__ = ["ORACLES", "Oracle", "attention", "cast", "linear", "mla", "norm", "quantize", "rope", "router"]
+__all__ = [
+    "ORACLES",
+    "Oracle",
+    "attention",
+    "balance",
+    "cache",
+    "cast",
+    "decode",
+    "eplb",
+    "linear",
+    "mla",
+    "moe",
+    "norm",
+    "quantize",
+    "rope",
+    "router",
+]

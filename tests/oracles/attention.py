@@ -3,17 +3,19 @@
 Equation: z = scale * q.k over the visible keys; o = sum exp(z) v / (sum exp(z) [+ exp(sink)]), lse = ln sum exp(z).
 Merge: o = sum_p exp(lse_p) o_p / sum_p exp(lse_p), lse = ln sum_p exp(lse_p), over the parts that are not empty.
 No maximum is subtracted: the exponents of mpf have no bounds.
+Sequences packed end to end (attention.varlen): attention of each by itself.
 Backward: the reverse-mode derivative of L = sum(do * o) + sum(dlse * lse) by `tape`, of those same equations; no closed form is used.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from .edges import carrier, choose, fill
-from .linear import Arrays, dot, expect, gradients, log, packed, pull_back, rounded, scalars, total
+from .linear import Arrays, dot, expect, gradients, integers, log, packed, pull_back, rounded, scalars, total
 from .tape import CTX, ONE, Scalar, Tape, exp
 
 EMPTY_LSE = {"+inf": CTX.inf, "-inf": -CTX.inf}
@@ -34,11 +36,18 @@ def visible(i: int, s: int, t: int, causal: bool) -> int:
     return min(max(i + t - s + 1, 0), t) if causal else t
 
 
+def softmax_scale(given: float | None, width: int) -> Any:
+    """The scale asked for; 0 or None stands for width^-1/2."""
+    return CTX.mpf(float(given)) if given else ONE / CTX.sqrt(width)
+
+
 def attend_all(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: np.ndarray | None, scale: Any, causal: bool, empty_lse: Any = CTX.inf
 ) -> tuple[np.ndarray, np.ndarray]:
     """o[b,s,h,dv] and lse[b,h,s] of arrays of scalars; a row that sees no key holds the constants 0 and `empty_lse`."""
     (b, s, h, _), (_, t, g, dv) = q.shape, v.shape
+    if not g or h % g:
+        raise ValueError(f"{h} query heads cannot share {g} key heads evenly")
     o = packed([CTX.zero] * (b * s * h * dv), (b, s, h, dv))
     lse = packed([empty_lse] * (b * h * s), (b, h, s))
     for n, head, i in np.ndindex(b, h, s):
@@ -54,17 +63,18 @@ def attend_all(
 
 def _attention(inputs: Arrays, attrs: dict[str, Any], tape: Tape | None = None) -> tuple[Arrays, np.ndarray, np.ndarray]:
     """(the differentiable inputs, o, lse) as scalars. `block` only says how many keys are taken at a time: it has no part here."""
-    at = fill({"scale": 0.0, "causal": True, "empty_lse": "+inf", "block": 512}, attrs)
+    at = fill({"scale": 0.0, "causal": True, "empty_lse": "+inf", "empty_rows": "allow", "block": 512}, attrs)
     empty_lse = EMPTY_LSE[choose("empty_lse", at["empty_lse"], EMPTY_LSE)]
     names = [name for name in ("q", "k", "v", "sink") if inputs.get(name) is not None]
     for name in names:
         carrier(inputs[name])
-    (b, _, h, width), (_, t, g, dv) = inputs["q"].shape, inputs["v"].shape
+    (b, s, h, width), (_, t, g, dv) = inputs["q"].shape, inputs["v"].shape
     expect(inputs, {"k": (b, t, g, width), "v": (b, t, g, dv), "sink": (h,)})
-    given = {name: scalars(inputs[name], tape) for name in names}
-    scale = ONE / CTX.sqrt(width) if not at["scale"] else CTX.mpf(float(at["scale"]))
     causal = choose("causal", at["causal"], (True, False))
-    o, lse = attend_all(given["q"], given["k"], given["v"], given.get("sink"), scale, causal, empty_lse)
+    if choose("empty_rows", at["empty_rows"], ("allow", "refuse")) == "refuse" and causal and s > t:
+        raise ValueError(f"{s} queries over {t} keys: the first {s - t} see none")
+    given = {name: scalars(inputs[name], tape) for name in names}
+    o, lse = attend_all(given["q"], given["k"], given["v"], given.get("sink"), softmax_scale(at["scale"], width), causal, empty_lse)
     return given, o, lse
 
 
@@ -78,6 +88,48 @@ def backward(inputs: Arrays, attrs: dict[str, Any]) -> Arrays:
     """attention backward: q, k, v, and perhaps sink, do, dlse -> dq, dk, dv, and dsink if there is a sink."""
     tape = Tape()
     given, o, lse = _attention(inputs, attrs, tape)
+    pull_back(tape, (o, inputs["do"]), (lse, inputs["dlse"]))
+    return {f"d{name}": gradients(array) for name, array in given.items()}
+
+
+def segments(boundaries: np.ndarray, end: int, name: str) -> list[tuple[int, int]]:
+    """(first, one past the last) of every sequence packed into `end` places."""
+    cuts = integers(boundaries, name)
+    if not cuts or cuts[0] != 0 or cuts[-1] != end:
+        raise ValueError(f"{name} must go from 0 to {end}, got {cuts}")
+    pairs = list(pairwise(cuts))
+    if any(first > last for first, last in pairs):
+        raise ValueError(f"{name} falls: {cuts}")
+    return pairs
+
+
+def _varlen(inputs: Arrays, attrs: dict[str, Any], tape: Tape | None = None) -> tuple[Arrays, np.ndarray, np.ndarray]:
+    """(the differentiable inputs, o, lse) as scalars."""
+    at, names = fill({"scale": 0.0, "causal": True}, attrs), ("q", "k", "v")
+    for name in names:
+        carrier(inputs[name])
+    (n, h, width), (m, g, dv) = inputs["q"].shape, inputs["v"].shape
+    expect(inputs, {"k": (m, g, width), "cu_seqlens_k": inputs["cu_seqlens_q"].shape})
+    scale, causal = softmax_scale(at["scale"], width), choose("causal", at["causal"], (True, False))
+    rows, columns = segments(inputs["cu_seqlens_q"], n, "cu_seqlens_q"), segments(inputs["cu_seqlens_k"], m, "cu_seqlens_k")
+    given = {name: scalars(inputs[name], tape) for name in names}
+    q, k, v = (given[name][None] for name in names)
+    o, lse = packed([CTX.zero] * (n * h * dv), (n, h, dv)), packed([CTX.inf] * (h * n), (h, n))
+    for (i, stop), (j, end) in zip(rows, columns, strict=True):
+        (o[i:stop],), (lse[:, i:stop],) = attend_all(q[:, i:stop], k[:, j:end], v[:, j:end], None, scale, causal)
+    return given, o, lse
+
+
+def varlen(inputs: Arrays, attrs: dict[str, Any]) -> Arrays:
+    """attention.varlen: q, k, v, cu_seqlens_q, cu_seqlens_k -> o, lse."""
+    _, o, lse = _varlen(inputs, attrs)
+    return {"o": rounded(o), "lse": rounded(lse)}
+
+
+def varlen_backward(inputs: Arrays, attrs: dict[str, Any]) -> Arrays:
+    """attention.varlen backward: q, k, v, cu_seqlens_q, cu_seqlens_k, do, dlse -> dq, dk, dv."""
+    tape = Tape()
+    given, o, lse = _varlen(inputs, attrs, tape)
     pull_back(tape, (o, inputs["do"]), (lse, inputs["dlse"]))
     return {f"d{name}": gradients(array) for name, array in given.items()}
 

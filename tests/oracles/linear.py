@@ -9,24 +9,20 @@ from typing import Any
 import numpy as np
 from mpmath.libmp import mpf_mul, mpf_pos, mpf_sum
 
-from .tape import CTX, ONE, Scalar, Tape, Var, to_float64
+from .tape import CTX, ONE, Scalar, Tape, Var, to_float64, value_of
 
 Arrays = dict[str, np.ndarray]
-
-
-def _value(u: Scalar) -> Any:
-    return u.value if isinstance(u, Var) else u
 
 
 def dot(xs: Iterable[Scalar], ys: Iterable[Scalar]) -> Scalar:
     """sum_i x_i y_i; a single node, however long, if any operand is on the tape."""
     xs, ys = list(xs), list(ys)
-    us, vs = [_value(x) for x in xs], [_value(y) for y in ys]
+    us, vs = [value_of(x) for x in xs], [value_of(y) for y in ys]
     products = [mpf_mul(u._mpf_, v._mpf_) for u, v in zip(us, vs, strict=True)]  # no precision given: exact
-    value = CTX.make_mpf(mpf_pos(mpf_sum(products), *CTX._prec_rounding))
+    summed = CTX.make_mpf(mpf_pos(mpf_sum(products), *CTX._prec_rounding))
     parents = [(x, v) for x, v in zip(xs, vs, strict=True) if isinstance(x, Var)]
     parents += [(y, u) for y, u in zip(ys, us, strict=True) if isinstance(y, Var)]
-    return Var(parents[0][0].tape, value, *parents) if parents else value
+    return Var(parents[0][0].tape, summed, *parents) if parents else summed
 
 
 def total(xs: Sequence[Scalar]) -> Scalar:
@@ -48,6 +44,13 @@ def expect(inputs: Arrays, shapes: dict[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
         if inputs.get(name) is not None and inputs[name].shape != shape:
             raise ValueError(f"{name} has shape {inputs[name].shape}, expected {shape}")
+
+
+def integers(array: np.ndarray, name: str) -> list[Any]:
+    """The (nested) list of an integer array."""
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {array.dtype}")
+    return array.tolist()
 
 
 def scalars(array: np.ndarray, tape: Tape | None = None) -> np.ndarray:

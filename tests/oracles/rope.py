@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .edges import carrier, choose, fill
-from .linear import Arrays, dot, gradients, packed, pull_back, rounded, scalars
+from .linear import Arrays, dot, expect, gradients, integers, packed, pull_back, rounded, scalars
 from .tape import CTX, ONE, Scalar, Tape, to_float64
 
 YARN: dict[str, Any] = {
@@ -110,16 +110,12 @@ def rotate(x: list[Scalar], turn: Rotation, layout_in: str, layout_out: str) -> 
     return y
 
 
-def integers(array: np.ndarray, name: str) -> list[Any]:
-    """The (nested) list of an integer array."""
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, got {array.dtype}")
-    return array.tolist()
-
-
 def frequencies(inputs: Arrays, attrs: dict[str, Any]) -> Arrays:
-    """rope.frequencies: -> inv_freq, amplitude."""
+    """rope.frequencies: -> inv_freq, amplitude. `like` may say in which dtype another returns them: nothing here depends on it."""
     at = fill({"r": 64, **YARN}, attrs)
+    if inputs.get("like") is not None:
+        carrier(inputs["like"])
+        expect(inputs, {"like": ()})
     y = yarn(at, at["r"])
     return {"inv_freq": np.array([to_float64(f) for f in y.frequencies], np.float64), "amplitude": np.array(to_float64(y.amplitude))}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import mpmath
 
-from .floats import BINARY64, round_ratio
+from .floats import BINARY64, FloatFormat, round_ratio
 
 CTX = mpmath.MPContext()  # of our own: nobody else's mp.dps reaches it
 CTX.dps = 50
@@ -97,12 +97,22 @@ def mpfs(values: list[float]) -> list[Any]:
     return [CTX.mpf(v) for v in values]
 
 
-def to_float64(value: Any) -> float:
-    """An mpf rounded once to binary64 (mpmath's own conversion rounds twice among the subnormals)."""
-    if not CTX.isfinite(value):
-        return float(value)
-    negative, man, exponent, bits = value._mpf_
+def value_of(u: Scalar) -> Any:
+    """The mpf of a scalar, on the tape or not."""
+    return u.value if isinstance(u, Var) else u
+
+
+def to_format(number: Any, fmt: FloatFormat) -> float:
+    """An mpf rounded once to a format of binary64's range or less (mpmath's own conversion rounds twice among the subnormals)."""
+    if not CTX.isfinite(number):
+        return float(number)
+    negative, man, exponent, bits = number._mpf_
     sign = -1.0 if negative else 1.0
     if abs(exponent + bits) > 1100:  # far outside binary64, where the integers below could be of any length
         return math.copysign(math.inf if exponent + bits > 0 else 0.0, sign)
-    return round_ratio(sign, int(man) << max(exponent, 0), 1 << max(-exponent, 0), BINARY64)
+    return round_ratio(sign, int(man) << max(exponent, 0), 1 << max(-exponent, 0), fmt)
+
+
+def to_float64(number: Any) -> float:
+    """An mpf rounded once to binary64."""
+    return to_format(number, BINARY64)

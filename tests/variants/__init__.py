@@ -1,11 +1,26 @@
 """Correct implementations, written separately from leadline, that its judge must pass: as different as real kernels are from each other."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import casts, decodes, norm, quantize, router, router_backward
+from . import (
+    attention,
+    attention_backward,
+    cache,
+    casts,
+    decodes,
+    linear,
+    mla,
+    mla_backward,
+    mla_decode,
+    norm,
+    quantize,
+    rope,
+    router,
+    router_backward,
+)
 from .floats import LAYOUTS, STORE
 
 ALL = ("fp32", "bf16", "fp16", "fp64")
@@ -23,6 +38,7 @@ class Variant:
     precisions: tuple[str, ...]
     rounded: tuple[int, ...] = ()  # the outputs that it rounds, once, to a 16-bit precision's format
     slow: bool = False  # plain Python over every element
+    stores: bool = False  # fn takes `to`, which rounds what a 16-bit implementation stores on its way
 
     @property
     def id(self) -> str:
@@ -30,12 +46,13 @@ class Variant:
 
     def at(self, precision: str) -> Callable:
         """The callable that claims this precision."""
+        fn = functools.partial(self.fn, to=STORE[precision]) if self.stores else self.fn
         if not self.rounded or precision in ("fp32", "fp64"):
-            return self.fn
+            return fn
 
-        @functools.wraps(self.fn)
+        @functools.wraps(fn)
         def stored(*arrays: Any, **keywords: Any) -> Any:
-            result = self.fn(*arrays, **keywords)
+            result = fn(*arrays, **keywords)
             outputs = result if isinstance(result, tuple) else (result,)
             outputs = tuple(STORE[precision](y) if i in self.rounded else y for i, y in enumerate(outputs))
             return outputs if isinstance(result, tuple) else outputs[0]
@@ -59,6 +76,11 @@ def _named(op: str, direction: str, fns: Any, rounded: tuple[int, ...], single: 
     return [Variant(f.__name__, op, direction, f, SINGLE if single(f.__name__) else ALL, rounded) for f in fns]
 
 
+def _storing(op: str, direction: str, fns: Any, rounded: tuple[int, ...], precisions: Mapping[str, tuple[str, ...]]) -> list[Variant]:
+    """Variants that are told how a precision stores; all precisions but for those that are named."""
+    return [Variant(name, op, direction, f, precisions.get(name, ALL), rounded, stores=True) for name, f in fns.items()]
+
+
 VARIANTS = [
     *_casts(),
     *_named("fp8.quantize_tile", "forward", quantize.QUANTIZE, (), lambda n: n in quantize.SINGLE),
@@ -67,6 +89,25 @@ VARIANTS = [
     *_named("rmsnorm", "backward", norm.BACKWARD, (0, 1), lambda n: n in norm.SINGLE),
     *_named("router.noaux_tc", "forward", router.FORWARD, (1,), lambda n: n not in router.WIDE),
     *_named("router.noaux_tc", "backward", router_backward.BACKWARD, (0,), lambda n: n not in router_backward.WIDE),
+    *_named("linear", "forward", linear.FORWARD, (0,), lambda n: False),
+    *_named("linear", "backward", linear.BACKWARD, (0, 1), lambda n: False),
+    *_named("rope", "forward", rope.FORWARD, (0,), lambda n: False),
+    *_named("rope", "backward", rope.BACKWARD, (0,), lambda n: False),
+    *_named("rope.frequencies", "forward", rope.FREQUENCIES, (), lambda n: False),
+    *_storing("attention", "forward", attention.FORWARD, (0,), dict.fromkeys(attention.SINGLE, SINGLE)),
+    *_storing("attention", "backward", attention_backward.BACKWARD, (0, 1, 2, 3), {}),
+    *_storing("attention.varlen", "forward", attention.VARLEN, (0,), dict.fromkeys(attention.SINGLE, SINGLE)),
+    *_storing("attention.varlen", "backward", attention_backward.VARLEN, (0, 1, 2), {}),
+    *_named("attention.merge", "forward", mla_decode.MERGES, (0, 1), lambda n: False),
+    *_storing("attention.merge", "backward", mla_decode.MERGES_BACK, (0, 1), {}),
+    *_storing("mla.prefill", "forward", mla.PREFILL, (0, 1, 2), {**dict.fromkeys(mla.SINGLE, SINGLE), "folded-scale": ("fp32", "fp64")}),
+    *_storing("mla.prefill", "backward", mla_backward.PREFILL, tuple(range(11)), dict.fromkeys(mla.SINGLE, SINGLE)),
+    *_storing("mla.absorb", "forward", mla.ABSORB, (0, 1, 2), dict.fromkeys(mla.SINGLE, SINGLE)),
+    *_storing("mla.absorb", "backward", mla_backward.ABSORB, tuple(range(11)), dict.fromkeys(mla.SINGLE, SINGLE)),
+    *_storing("mla.decode", "forward", mla_decode.DECODE, (0,), dict.fromkeys(mla_decode.SINGLE, SINGLE)),
+    *_storing("mla.decode_fp8", "forward", mla_decode.DECODE_FP8, (0,), dict.fromkeys(mla_decode.SINGLE, SINGLE)),
+    *_named("cache.append", "forward", cache.APPEND, (), lambda n: False),
+    *_named("cache.read", "forward", cache.READ, (), lambda n: False),
 ]
 EAGER = [
     Variant("eager", "rmsnorm", "forward", norm.forward_eager, ("bf16-eager",)),
@@ -74,10 +115,33 @@ EAGER = [
     Variant("eager", "rmsnorm", "backward", norm.backward_eager, ("bf16-eager",)),
     Variant("eager", "router.noaux_tc", "forward", router.forward_eager, ("bf16-eager",)),
     Variant("eager", "router.noaux_tc", "backward", router_backward.eager, ("bf16-eager",)),
+    *(Variant("eager", "rope", direction, fn, ("bf16-eager",)) for direction, fn in zip(("forward", "backward"), rope.EAGER, strict=True)),
+    Variant("eager", "attention", "forward", attention.EAGER, ("bf16-eager",), (0, 1), stores=True),
+    Variant("eager", "attention", "backward", attention_backward.EAGER, ("bf16-eager",), (0, 1, 2, 3), stores=True),
+    Variant("eager", "attention.varlen", "forward", attention.VARLEN_EAGER, ("bf16-eager",), (0, 1), stores=True),
+    Variant("eager", "attention.varlen", "backward", attention_backward.VARLEN_EAGER, ("bf16-eager",), (0, 1, 2), stores=True),
+    Variant("eager", "attention.merge", "forward", mla_decode.merge_eager, ("bf16-eager",)),
+    Variant("eager", "attention.merge", "backward", mla_decode.merge_back_eager, ("bf16-eager",), (), stores=True),
+    Variant("eager", "mla.decode", "forward", mla_decode.EAGER, ("bf16-eager",), (0, 1), stores=True),
+    Variant("eager", "mla.decode_fp8", "forward", mla_decode.EAGER_FP8, ("bf16-eager",), (0, 1), stores=True),
+    *(
+        Variant(name, op, "forward", fn, ("bf16-eager",), (0, 1, 2), stores=True)
+        for name, fn in mla.EAGER.items()
+        for op in ("mla.absorb" if "absorbed" in name else "mla.prefill",)  # where all is rounded, a form is judged by its own op
+    ),
+    *(
+        Variant(name, op, "backward", fn, ("bf16-eager",), tuple(range(11)), stores=True)
+        for name, fn in mla_backward.EAGER.items()
+        for op in ("mla.absorb" if "absorbed" in name else "mla.prefill",)
+    ),
 ]
 VARIANTS += EAGER
 FAST_EXP = Variant("fast-exp", "router.noaux_tc", "forward", router.FAST, SINGLE, (1,))
 ROUNDED_FIRST = [  # for cast_order="cast_then_weight"
     Variant("cast-first", "rmsnorm", "forward", norm.forward_cast_first, ("bf16",)),
     Variant("cast-first", "rmsnorm", "backward", norm.backward_cast_first, ("bf16",)),
+]
+COS_SIN_STORED = [  # for cos_sin="stored"
+    *(Variant("stored", "rope", d, fn, ("bf16",), (0,)) for d, fn in zip(("forward", "backward"), rope.STORED_FUSED, strict=True)),
+    *(Variant("stored", "rope", d, fn, ("bf16-eager",)) for d, fn in zip(("forward", "backward"), rope.STORED, strict=True)),
 ]
