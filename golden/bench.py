@@ -197,6 +197,12 @@ def bench_decode() -> Any:
     return module
 
 
+def bench_moe() -> Any:
+    from . import bench_moe as module  # which imports this one
+
+    return module
+
+
 BENCHES: dict[str, Callable[[], Iterator[Bench]]] = {
     **{f"cast.{fmt}": (lambda fmt=fmt: casts(fmt)) for fmt in ("e4m3fn", "e5m2", "bf16", "fp16")},
     "attention": lambda: bench_mla().attention(),
@@ -207,9 +213,13 @@ BENCHES: dict[str, Callable[[], Iterator[Bench]]] = {
     "mla.decode": lambda: bench_decode().decode(),
     "mla.decode_fp8": lambda: bench_decode().decode_fp8(),
     "mla.prefill": lambda: bench_mla().prefill(),
+    "moe.experts": lambda: bench_moe().experts(),
+    "moe.layer": lambda: bench_moe().layer(),
     "rmsnorm": rmsnorm,
     "rope": lambda: bench_decode().rope(),
     "router.noaux_tc": router,
+    "router.softmax": lambda: bench_moe().router_softmax(),
+    "swiglu": lambda: bench_moe().swiglu(),
 }
 
 

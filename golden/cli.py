@@ -122,7 +122,7 @@ def cost(op: Op, case: Case) -> tuple[int, int]:
     for tensor in (*op.signature_of("forward", case.draw)[0], *op.outputs):
         count = 1
         for dim in tensor.dims:
-            count *= extent(dim, letters)
+            count *= extent(dim, {"x": 1, **letters})  # x: as long as the values make it
         moved += count * size.get(tensor.kind, 4)
     return flops, moved
 

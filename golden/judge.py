@@ -8,7 +8,7 @@ import numpy as np
 
 from ..ref.cast import round_to
 from ..ref.formats import FORMATS, Format
-from ..ref.op import Op, Tensor
+from ..ref.op import Op, Tensor, bind
 from .band import DEVIATIONS, SLACK, Arrays, Band, band_of, carrier, floor_of, in_sigma, reach, scatter, statistics
 from .draw import ulp
 from .precision import Precision
@@ -73,8 +73,9 @@ def judge(question: Question, returned: Mapping[str, Returned], band: Band) -> J
     elif op.choice and (question.any_tie or not question.handed_choice):
         unstable = unstable_rows(question)
         judgement.ambiguous += int(unstable.sum())
-        for mask in judged.values():
-            mask[unstable] = False
+        rows = next(t for t in op.outputs if t.name == op.choice[0]).dims[0]
+        for tensor in tensors:  # a weight's gradient gathers from all rows: one that may turn leaves it open
+            judged[tensor.name][unstable if tensor.dims[0] == rows else np.any(unstable)] = False
     for tensor in tensors:
         if op.choice and tensor.name == op.choice[0]:
             continue
@@ -176,7 +177,8 @@ def _band(question: Question, choice: np.ndarray) -> Band:
 
 def _in_range(idx: np.ndarray, question: Question) -> np.ndarray:
     """[n]: whether every chosen index stands for something"""
-    count = question.inputs[question.op.inputs[0].name].shape[-1]
+    tensors, _ = question.op.signature_of("forward", question.inputs)
+    count = bind(question.op.name, tensors, question.inputs)["e"]  # what a choice chooses among
     return np.all((idx >= 0) & (idx < count), axis=-1)
 
 

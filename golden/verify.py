@@ -5,6 +5,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from ..ref.op import OPS, Case, Op, check_attr, op_named
@@ -324,6 +325,10 @@ def parse_attr(text: str, ops: Iterable[Op]) -> tuple[str, Any]:
             f"unknown attribute {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}")
         )
     expected = parameter.annotation
+    if get_origin(expected) is UnionType:
+        if value.lower() == "none":
+            return name, None
+        expected = get_args(expected)[0]
     try:
         if expected is bool:
             return name, {"true": True, "false": False}[value.lower()]

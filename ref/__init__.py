@@ -6,18 +6,25 @@ e expert, k top-k slot.
 
 from .attention import attention_bwd, attention_fwd
 from .attention_parts import attention_merge_bwd, attention_merge_fwd, attention_varlen_bwd, attention_varlen_fwd
+from .balance import balance_loss_bwd, balance_loss_fwd, bias_update_fwd, drop_tokens_bwd, drop_tokens_fwd
 from .cast import decode, encode, round_to
 from .config import Config
+from .eplb import eplb_fwd, nodes_touched
+from .expert_parallel import experts_over_ranks
 from .formats import BF16, E4M3FN, E5M2, FORMATS, FP16, FP32, FP64, Format
 from .fp8 import RECIPES, Recipe, dequantize_tile_fwd, quantize_tile_fwd
 from .linear import linear_bwd, linear_fwd
 from .mla import mla_absorb_bwd, mla_absorb_fwd, mla_prefill_bwd, mla_prefill_fwd
 from .mla_cache import cache_append_fwd, cache_read_fwd
 from .mla_decode import mla_decode_fp8_fwd, mla_decode_fwd
+from .moe import moe_experts_bwd, moe_experts_fwd, moe_layer_bwd, moe_layer_fwd
+from .moe_permute import moe_permute_bwd, moe_permute_fwd, moe_unpermute_bwd, moe_unpermute_fwd
 from .norm import rmsnorm_bwd, rmsnorm_fwd
 from .op import OPS, Case, Op, op_named
 from .rope import rope_bwd, rope_fwd
 from .router import router_noaux_tc_bwd, router_noaux_tc_fwd
+from .router_softmax import router_softmax_bwd, router_softmax_fwd
+from .swiglu import swiglu_bwd, swiglu_fwd
 from .xp import xp_of
 from .yarn import rope_frequencies_fwd
 
@@ -42,11 +49,18 @@ __all__ = [
     "attention_merge_fwd",
     "attention_varlen_bwd",
     "attention_varlen_fwd",
+    "balance_loss_bwd",
+    "balance_loss_fwd",
+    "bias_update_fwd",
     "cache_append_fwd",
     "cache_read_fwd",
     "decode",
     "dequantize_tile_fwd",
+    "drop_tokens_bwd",
+    "drop_tokens_fwd",
     "encode",
+    "eplb_fwd",
+    "experts_over_ranks",
     "linear_bwd",
     "linear_fwd",
     "mla_absorb_bwd",
@@ -55,6 +69,15 @@ __all__ = [
     "mla_decode_fwd",
     "mla_prefill_bwd",
     "mla_prefill_fwd",
+    "moe_experts_bwd",
+    "moe_experts_fwd",
+    "moe_layer_bwd",
+    "moe_layer_fwd",
+    "moe_permute_bwd",
+    "moe_permute_fwd",
+    "moe_unpermute_bwd",
+    "moe_unpermute_fwd",
+    "nodes_touched",
     "op_named",
     "quantize_tile_fwd",
     "rmsnorm_bwd",
@@ -65,5 +88,9 @@ __all__ = [
     "round_to",
     "router_noaux_tc_bwd",
     "router_noaux_tc_fwd",
+    "router_softmax_bwd",
+    "router_softmax_fwd",
+    "swiglu_bwd",
+    "swiglu_fwd",
     "xp_of",
 ]

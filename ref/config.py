@@ -90,6 +90,13 @@ class Config:
         shared = {name: getattr(self, name) for name in (*sizes, *YARN)}
         return {**shared, "theta": self.rope_theta, "max_position": self.max_position_embeddings}
 
+    def moe(self) -> dict[str, Any]:
+        """The attributes of moe.layer."""
+        shared = ("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+        method = "noaux_tc" if self.topk_method == "noaux_tc" else "softmax"  # greedy and group_limited_greedy are one: n_group=1 or more
+        scoring = "sqrtsoftplus" if self.scoring_func == "sqrtsoftplus" else "sigmoid"
+        return {**{name: getattr(self, name) for name in shared}, "topk_method": method, "scoring": scoring}
+
     @classmethod
     def preset(cls, name: str) -> "Config":
         """One of the released configurations, by name."""

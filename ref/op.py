@@ -21,6 +21,7 @@ import numbers
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from array_api_compat import is_array_api_obj
@@ -124,6 +125,10 @@ def check_dtype(op: str, tensor: Tensor, array: Array) -> None:
 
 def check_attr(op: str, parameter: inspect.Parameter, value: Any) -> None:
     expected = parameter.annotation
+    if get_origin(expected) is UnionType:  # a number, or None for none
+        if value is None:
+            return
+        expected = next(kind for kind in get_args(expected) if kind is not NoneType)
     if get_origin(expected) is Literal:
         if value not in get_args(expected) or type(value) not in {type(a) for a in get_args(expected)}:
             raise ValueError(f"{op}: {parameter.name} is {value!r}; expected one of {', '.join(map(str, get_args(expected)))}")

@@ -1,13 +1,20 @@
 """CPU kernels of decode: what the judge's cases do not reach. Expectations are written out or come from NumPy in float64."""
 
+from dataclasses import replace
 from typing import Any
 
 import mpmath
 import numpy as np
 import pytest
+from leadline.golden.band import band_of
+from leadline.golden.draw import draw_case
+from leadline.golden.judge import FAIL, PASS, Question, judge
+from leadline.golden.precision import PRECISIONS
+from leadline.golden.subject import load
 from leadline.kernels import cpu
-from leadline.kernels.cpu import _common, _tile, matvec, rotary
+from leadline.kernels.cpu import _common, _step, _tile, matvec, mla, rotary
 from leadline.kernels.cpu.mla_cache import packing
+from leadline.ref import OPS
 from leadline.ref.yarn import Yarn
 
 RNG = np.random.Generator(np.random.Philox(key=11))
@@ -61,13 +68,16 @@ def test_every_quarter_turn_has_its_signs() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("rows", "d", "n"), [(300, 700, 1), (17, 64, 2), (65, 1000, 3), (9, 31, 5), (4, 1, 1), (5, 640, 7)])
+@pytest.mark.parametrize(
+    ("rows", "d", "n"),
+    [(300, 700, 1), (17, 64, 2), (65, 1000, 3), (9, 31, 5), (4, 1, 1), (5, 640, 7), (203, 4100, 1), (11, 2100, 2), (7, 1100, 7)],
+)
 def test_matvec_is_the_product(rows: int, d: int, n: int, dtype: Any) -> None:
-    """Whole vectors, the rest of a row, and every number of columns that has its own code."""
+    """Whole vectors, the rest of a row, and every number of columns that has its own code; the last three share vectors among rows."""
     w, x = normal(rows, d, dtype=dtype), normal(n, d, dtype=dtype)
     want = x.astype(np.float64) @ w.astype(np.float64).T
     np.testing.assert_allclose(matvec.matvec(w, x), want, rtol=0, atol=40 * np.finfo(dtype).eps * d**0.5)
-    heads, per, first, own = 3, 6, 2, 4
+    heads, per, first, own = 3, 7, 2, 5
     w = normal(heads * per, d, dtype=dtype)
     up = w.astype(np.float64).reshape(heads, per, d)[:, first : first + own]
     x = normal(heads, n, d, dtype=dtype)
@@ -189,6 +199,53 @@ def test_a_nan_that_is_read_is_nan() -> None:
     assert np.isfinite(lse[0, :, 0]).all()
 
 
+def verdict_of_a_step(case: str, dims: dict[str, int], precision: str) -> str:
+    op, p = OPS["mla.absorb"], PRECISIONS[precision]
+    chosen = next(c for c in op.cases if c.name == case)
+    chosen = replace(chosen, dims={**chosen.dims, **dims})
+    inputs, attrs = draw_case(op, chosen, "forward", p), dict(chosen.attrs)
+    returned = load("kernels.cpu").ask(op, "forward", inputs, attrs, p)
+    return judge(Question(op, "forward", inputs, attrs, p), returned, band_of(op, "forward", inputs, attrs, p)).verdict
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize(
+    ("case", "dims"),
+    [("chunk", {"b": 2, "s": 2}), ("chunk", {"b": 1, "s": 1, "t": 1100}), ("chunk", {"b": 2, "s": 1, "t": 63}), ("v2-lite", {"s": 3})],
+    ids=str,
+)
+def test_a_step_is_the_layer(case: str, dims: dict[str, int], precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens, by the products for few and by those for many: both in the reference's band, with one part of the cache or several."""
+    steps, step = [], mla.step
+    monkeypatch.setattr(mla, "step", lambda *a: steps.append(1) or step(*a))
+    assert verdict_of_a_step(case, dims, precision) == PASS
+    assert steps
+    monkeypatch.setattr(mla, "is_step", lambda arrays: False)
+    taken = len(steps)
+    assert verdict_of_a_step(case, dims, precision) == PASS
+    assert len(steps) == taken
+
+
+@pytest.mark.parametrize("wrong", ["scale", "order", "sequences", "offset"])
+def test_a_wrong_step_does_not_pass(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale of the width c + r, the new tokens in the wrong order, the other sequence's cache, W_UK where W_UV should be."""
+    right, product = _step.decode_halves, _step.head_matvec
+
+    def halves(op: str, q: Any, cached: Any, new: Any, scale: float) -> Any:
+        if wrong == "scale":
+            scale = q.shape[-1] ** -0.5
+        if wrong == "order":
+            new = tuple(np.ascontiguousarray(a[:, ::-1]) for a in new)
+        if wrong == "sequences":
+            cached = tuple(np.ascontiguousarray(a[::-1]) for a in cached)
+        return right(op, q, cached, new, scale)
+
+    monkeypatch.setattr(_step, "decode_halves", halves)
+    if wrong == "offset":
+        monkeypatch.setattr(_step, "head_matvec", lambda weight, x, rows, first: product(weight, x, rows, 0))
+    assert verdict_of_a_step("chunk", {"b": 2, "s": 2}, "fp32") == FAIL
+
+
 def test_results_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread and three give the same bits, at sizes where three have something to do."""
     cache, table = paged(normal(1200, 576), 64)
@@ -198,7 +255,7 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
     def everything() -> list[np.ndarray]:
         rope = cpu.rope(x=np.tile(x, (1, 4, 1)), positions=positions)
         decoded = cpu.mla_decode(q=q, kv_cache=cache, block_table=table, cache_seqlens=lengths)
-        return [rope, *decoded, matvec.matvec(w, w[:3])]
+        return [rope, *decoded, matvec.matvec(w, w[:3]), matvec.matvec(w.reshape(200, 6000), w[:20].reshape(1, 6000))]
 
     ranges = []
     monkeypatch.setattr(_common, "range", lambda *a: ranges.append(len(range(*a))) or range(*a), raising=False)
@@ -210,7 +267,7 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
     one = everything()
     if pool is not None:
         pool.shutdown()
-    assert sum(n > 1 for n in ranges) >= 6  # three kernels, twice, were shared out
+    assert sum(n > 1 for n in ranges) >= 8  # four kernels, twice, were shared out
     for a, b in zip(one, three, strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -22,7 +22,7 @@ from oracles.cast import boundaries
 Arrays = dict[str, np.ndarray]
 Attrs = dict[str, Any]
 PLACES = [(name, direction) for name, op in OPS.items() for direction in ("forward", "backward") if direction == "forward" or op.bwd]
-EXACT = [name for name, op in OPS.items() if op.exact and all(t.kind != "index" for t in op.inputs)]  # any bits, any sizes
+EXACT = [name for name, op in OPS.items() if op.exact and all(t.kind != "index" for t in (*op.inputs, *op.outputs))]  # any sizes
 COST = {True: 20_000, False: 5_000}  # elements that an oracle is given: 5 μs each in exact fractions, 50 μs in 50 digits
 UNIT = 2.0**-53
 

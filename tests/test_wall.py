@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from leadline.golden.vectors import Store
 from leadline.golden.verify import Report, verify
-from variants import ALL, COS_SIN_STORED, FAST_EXP, ROUNDED_FIRST, VARIANTS, Variant
+from variants import ALL, COS_SIN_STORED, FAST_EXP, ROUNDED_FIRST, SILU_STORED, VARIANTS, Variant
 
 STORE = Store()
 OPS = list(dict.fromkeys((v.op, v.direction) for v in VARIANTS))
@@ -80,6 +80,12 @@ def test_either_cast_order_passes_as_what_it_says(variant: Variant) -> None:
 def test_a_stored_table_of_cosines_passes_as_what_it_says(variant: Variant) -> None:
     """A rotation by cos and sin that were rounded to bfloat16 passes once cos_sin says so."""
     assert not complaint(asked(variant, variant.precisions[0], (1, 2), {"cos_sin": "stored"}))
+
+
+@pytest.mark.parametrize("variant", SILU_STORED, ids=lambda v: f"{v.id}-{v.precisions[0]}")
+def test_a_stored_silu_passes_as_what_it_says(variant: Variant) -> None:
+    """silu(gate) rounded to the activations' format before the product passes once silu says so."""
+    assert not complaint(asked(variant, variant.precisions[0], (1, 2), {"silu": "stored"}))
 
 
 @pytest.mark.parametrize("precision", FAST_EXP.precisions)

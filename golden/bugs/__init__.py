@@ -10,6 +10,8 @@ from ...ref.op import Op
 FILES = (
     "attention",
     "attention_backward",
+    "balance",
+    "balance_load",
     "cache",
     "cast",
     "decode",
@@ -17,10 +19,15 @@ FILES = (
     "mla",
     "mla_backward",
     "mla_weights",
+    "moe",
+    "moe_experts",
+    "moe_layer",
     "norm",
     "parts",
     "rope",
     "router",
+    "router_softmax",
+    "swiglu",
 )
 
 

@@ -1,6 +1,7 @@
 """Hugging Face transformers' own DeepSeek-V3 modules, called alone; torch's autograd for the backward."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,13 +10,16 @@ import torch
 from transformers.models.deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
+    DeepseekV3Experts,
+    DeepseekV3MLP,
+    DeepseekV3MoE,
     DeepseekV3RMSNorm,
     DeepseekV3RotaryEmbedding,
-    DeepseekV3TopkRouter,
     apply_rotary_pos_emb,
     apply_rotary_pos_emb_interleave,
 )
 
+from ._experts import STORED, Experts, slots
 from ._latent_attention import Family, float32_inside
 
 FRAMEWORK = "torch"
@@ -25,6 +29,9 @@ DECLARES = {
     "rmsnorm": {"cast_order": "cast_then_weight"},  # the normalised x is rounded, then multiplied
     "rope": {"layout_out": "half", **HALVES},
     "mla.prefill": {"rope_layout_out": "half", **HALVES},
+    "swiglu": STORED,
+    "moe.experts": STORED,
+    "moe.layer": STORED,
 }
 
 
@@ -47,41 +54,36 @@ def rmsnorm_bwd(x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, eps: fl
     return torch.autograd.grad(norm(x), (x, norm.weight), dy)
 
 
-def _route(logits: torch.Tensor, bias: torch.Tensor, attrs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The router takes hidden states: with the identity for its weight, those are the logits, exactly."""
-    float32_inside(logits)
-    if attrs["scoring"] != "sigmoid" or attrs["mask_fill"] != "-inf" or attrs["denominator_eps"] != 1e-20:
-        raise NotImplementedError("transformers' DeepseekV3TopkRouter has sigmoid scores, a fill of -inf and an eps of 1e-20")
-    e = logits.shape[1]
-    config = DeepseekV3Config(
-        hidden_size=e,
-        n_routed_experts=e,
-        num_experts_per_tok=attrs["k"],
-        n_group=attrs["n_group"],
-        topk_group=attrs["topk_group"],
-        norm_topk_prob=attrs["norm_topk_prob"],
-        routed_scaling_factor=attrs["routed_scaling_factor"],
-    )
-    router = DeepseekV3TopkRouter(config)
-    router.weight = torch.nn.Parameter(torch.eye(e))
-    router.e_score_correction_bias = bias
-    _, topk_weight, topk_idx = router(logits)
-    return topk_idx, topk_weight
+def _sizes(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """The router's configuration"""
+    fixed = {
+        "topk_method": "noaux_tc",
+        "scoring": "sigmoid",
+        "mask_fill": "-inf",
+        "denominator_eps": 1e-20,
+        "denominator_place": "add",
+        "gate_dtype": "float32",
+    }
+    if any(attrs.get(name, value) != value for name, value in fixed.items()):
+        raise NotImplementedError("transformers' DeepseekV3TopkRouter has " + ", ".join(f"{k}={v}" for k, v in fixed.items()))
+    return {name: attrs[name] for name in ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")}
 
 
-def router_noaux_tc(logits: torch.Tensor, bias: torch.Tensor, **attrs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _route(logits, bias, attrs)
+V3_EXPERTS = Experts(DeepseekV3Config, DeepseekV3MLP, DeepseekV3Experts, DeepseekV3MoE, _sizes)
+swiglu, swiglu_bwd, moe_experts, moe_experts_bwd, moe_layer, moe_layer_bwd = V3_EXPERTS.functions()
+
+
+def router_noaux_tc(logits: torch.Tensor, bias: torch.Tensor, k: int, **attrs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return V3_EXPERTS.route(logits, bias, k, attrs)
 
 
 def router_noaux_tc_bwd(
-    logits: torch.Tensor, bias: torch.Tensor, topk_idx: torch.Tensor, dtopk_weight: torch.Tensor, **attrs: Any
+    logits: torch.Tensor, bias: torch.Tensor, topk_idx: torch.Tensor, dtopk_weight: torch.Tensor, k: int, **attrs: Any
 ) -> torch.Tensor:
-    """Its slots come in another order: each slot's gradient is handed to the slot that holds the same expert."""
+    """Its slots come in another order."""
     logits.requires_grad_()
-    own_idx, own_weight = _route(logits, bias, attrs)
-    dense = torch.zeros(logits.shape, dtype=own_weight.dtype).scatter(1, topk_idx, dtopk_weight.to(own_weight.dtype))
-    (dlogits,) = torch.autograd.grad(own_weight, logits, dense.gather(1, own_idx))
-    return dlogits
+    own_idx, own_weight = V3_EXPERTS.route(logits, bias, k, attrs)
+    return torch.autograd.grad(own_weight, logits, slots(topk_idx, dtopk_weight.float(), own_idx, logits.shape[1]))[0]
 
 
 V3 = Family(

@@ -6,12 +6,16 @@ Importing compiles nothing: an op compiles at its first call, once per machine (
 from . import cast, fp8, router
 from .attention import attention, attention_bwd, attention_merge, attention_merge_bwd, attention_varlen, attention_varlen_bwd
 from .cast import decode, encode
+from .eplb import moe_eplb
 from .linear import linear, linear_bwd
 from .mla import mla_absorb, mla_absorb_bwd, mla_prefill, mla_prefill_bwd
 from .mla_cache import cache_append, cache_read
 from .mla_decode import mla_decode, mla_decode_fp8
+from .moe import moe_experts, moe_experts_bwd, moe_layer, moe_layer_bwd
+from .moe_permute import moe_permute, moe_permute_bwd, moe_unpermute, moe_unpermute_bwd
 from .norm import rmsnorm, rmsnorm_bwd
 from .rotary import rope, rope_bwd, rope_frequencies
+from .swiglu import swiglu, swiglu_bwd
 
 __all__ = [
     "attention",
@@ -34,10 +38,21 @@ __all__ = [
     "mla_decode_fp8",
     "mla_prefill",
     "mla_prefill_bwd",
+    "moe_eplb",
+    "moe_experts",
+    "moe_experts_bwd",
+    "moe_layer",
+    "moe_layer_bwd",
+    "moe_permute",
+    "moe_permute_bwd",
+    "moe_unpermute",
+    "moe_unpermute_bwd",
     "rmsnorm",
     "rmsnorm_bwd",
     "rope",
     "rope_bwd",
     "rope_frequencies",
     "router",
+    "swiglu",
+    "swiglu_bwd",
 ]

@@ -88,22 +88,22 @@ def describe(x: Any) -> str:
     return f"a {x.dtype} array of shape {x.shape}" if isinstance(x, np.ndarray) else f"of type {type(x).__name__}"
 
 
-def array_of(op: str, name: str, x: Any, dtypes: tuple[type, ...], ndim: int | None = None) -> NDArray[Any]:
-    """x as an aligned C-contiguous view (a copy where it has to be), after checks of type, dtype and ndim.
+def array_of(op: str, name: str, x: Any, dtypes: tuple[type, ...], ndim: int | None = None, as_it_lies: bool = False) -> NDArray[Any]:
+    """x as an aligned C-contiguous view (a copy where it has to be; never if as_it_lies), after checks of type, dtype and ndim.
 
     Always read-only: Numba compiles read-only and writable arrays separately, and one is enough.
     """
     dims = "" if ndim is None else f" of {ndim} dimension{'s' * (ndim > 1)}"
     ok = isinstance(x, np.ndarray) and any(x.dtype == t for t in dtypes) and ndim in (None, x.ndim)
     need(ok, op, name, describe(x), f"a NumPy array of {' or '.join(t.__name__ for t in dtypes)}{dims}")
-    view = np.require(np.asarray(x), requirements=["C", "A"]).view()
+    view = x.view() if as_it_lies else np.require(np.asarray(x), requirements=["C", "A"]).view()
     view.flags.writeable = False
     return view
 
 
-def floats(op: str, name: str, x: Any, ndim: int | None = None) -> NDArray[Any]:
+def floats(op: str, name: str, x: Any, ndim: int | None = None, as_it_lies: bool = False) -> NDArray[Any]:
     """`array_of` for a carrier: float32 or float64."""
-    return array_of(op, name, x, (np.float32, np.float64), ndim)
+    return array_of(op, name, x, (np.float32, np.float64), ndim, as_it_lies)
 
 
 def output(op: str, name: str, out: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any, *inputs: NDArray[Any]) -> NDArray[Any]:

@@ -1,6 +1,6 @@
 """Arguments held to an op's declaration: what the reference says an op takes is what its kernel takes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ INTEGERS = tuple(np.dtype(f"{sign}int{bits}").type for sign in ("", "u") for bit
 
 
 def declared(
-    op: str, direction: str, arrays: Mapping[str, Any], attrs: Mapping[str, Any]
+    op: str, direction: str, arrays: Mapping[str, Any], attrs: Mapping[str, Any], as_they_lie: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
     """The arrays as contiguous views (None where an optional one is not given), all attributes, and the value of every letter.
 
+    Arrays named in as_they_lie are views with the strides that they have.
     ValueError: one is missing, unknown, of another rank, size, dtype or range; the floating-point arrays are not of one dtype.
     """
     record = op_named(op)
@@ -28,7 +29,9 @@ def declared(
         need(tensor.name in given, name, tensor.name, "missing", f"an array [{','.join(tensor.dims)}]")
         array, ndim = given[tensor.name], len(tensor.dims)
         checked[tensor.name] = (
-            array_of(name, tensor.name, array, INTEGERS, ndim) if tensor.kind == "index" else floats(name, tensor.name, array, ndim)
+            array_of(name, tensor.name, array, INTEGERS, ndim)
+            if tensor.kind == "index"
+            else floats(name, tensor.name, array, ndim, tensor.name in as_they_lie)
         )
     letters = bind(name, tensors, checked)
     real = [t.name for t in tensors if t.kind != "index"]

@@ -174,6 +174,34 @@ def over_pages(lo, hi, tasks, keys, table, lengths, packed, p, top, total, o):
             t += count
 
 
+@njit(nogil=True, error_model="numpy")
+def _join(first, second, target):
+    for k in range(first.size):
+        target[k] = first[k]
+    for k in range(second.size):
+        target[first.size + k] = second[k]
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def over_halves(lo, hi, tasks, latents, ropes, new_latents, new_ropes, lengths, packed, p, top, total, o):
+    """Tasks lo to hi over latents[b,t,c] and ropes[b,t,r], then the new ones of s tokens: TOKENS tokens are joined at a time."""
+    z, factor, keys = np.zeros((TOKENS, p.across), o.dtype), np.zeros(p.across, o.dtype), np.empty(TOKENS * p.k, o.dtype)
+    cached = latents.shape[1]
+    for n in range(lo, hi):
+        i, chunk, begin, end, limit = _rows_of(tasks[n], lengths, p)
+        top[n], total[n], o[n] = -np.inf, 0, 0
+        queries = packed[i * p.chunks + chunk].reshape(-1)
+        for t in range(begin, end, TOKENS):
+            count = min(TOKENS, end - t)
+            for j in range(count):
+                target = keys[j * p.k : (j + 1) * p.k]
+                if t + j < cached:
+                    _join(latents[i, t + j], ropes[i, t + j], target)
+                else:
+                    _join(new_latents[i, t + j - cached], new_ropes[i, t + j - cached], target)
+            _attend(keys, 0, count, t, queries, limit, p, z, top[n], total[n], factor, o[n])
+
+
 @njit(nogil=True, error_model="numpy", cache=True)
 def over_bytes(lo, hi, tasks, cache, table, lengths, packed, p, layout, r, d, top, total, o):
     """Tasks lo to hi over a cache of bytes: TOKENS tokens are unpacked at a time."""

@@ -50,6 +50,44 @@ def _settle(m, total, sink, empty):
     return 1.0 / (total * (1.0 + math.exp(sink - lse))), lse
 
 
+@njit(nogil=True, error_model="numpy")
+def _highest(row, lanes):
+    """The largest element, -inf of none; NaN is left out (its exp is NaN whatever is subtracted)"""
+    lanes[:] = -np.inf
+    even = row.size - row.size % LANES
+    for j in range(0, even, LANES):
+        part = row[j : j + LANES]
+        for k in range(LANES):
+            lanes[k] = part[k] if part[k] > lanes[k] else lanes[k]
+    for k in range(row.size - even):
+        lanes[k] = row[even + k] if row[even + k] > lanes[k] else lanes[k]
+    half = LANES // 2
+    while half:
+        for k in range(half):
+            lanes[k] = lanes[half + k] if lanes[half + k] > lanes[k] else lanes[k]
+        half //= 2
+    return lanes[0]
+
+
+@njit(nogil=True, error_model="numpy")
+def _sum(row, lanes):
+    """Element j goes to lane j % LANES, then lanes pairwise"""
+    lanes[:] = 0.0
+    even = row.size - row.size % LANES
+    for j in range(0, even, LANES):
+        part = row[j : j + LANES]
+        for k in range(LANES):
+            lanes[k] += part[k]
+    for k in range(row.size - even):
+        lanes[k] += row[even + k]
+    half = LANES // 2
+    while half:
+        for k in range(half):
+            lanes[k] += lanes[half + k]
+        half //= 2
+    return np.float64(lanes[0])
+
+
 @njit(nogil=True, error_model="numpy", cache=True)
 def softmax(lo, hi, z, rows, seen, scale, m, total, shrink, whole, sinks, empty, lse):
     """z[r,:] becomes exp(scale z - m[r]), zero where masked: row r = (head, i), i < rows, sees the first seen + i keys of the block.
@@ -64,36 +102,13 @@ def softmax(lo, hi, z, rows, seen, scale, m, total, shrink, whole, sinks, empty,
     for r in range(lo, hi):
         n = min(max(seen + r % rows, 0), width)
         row = z[r, :n]
-        even = n - n % LANES
-        lanes[:] = -np.inf
-        for j in range(0, even, LANES):
-            part = row[j : j + LANES]
-            for k in range(LANES):
-                v = part[k] * scale
-                part[k] = v
-                lanes[k] = v if v > lanes[k] else lanes[k]
-        for k in range(n - even):
-            v = row[even + k] * scale
-            row[even + k] = v
-            lanes[k] = v if v > lanes[k] else lanes[k]
-        top = m[r]
-        for k in range(LANES):
-            top = max(top, lanes[k])
+        for j in range(n):
+            row[j] *= scale
+        top = max(m[r], _highest(row, lanes))
         base = top if top > -np.inf else dtype(0.0)
-        lanes[:] = 0.0
-        for j in range(0, even, LANES):
-            part = row[j : j + LANES]
-            for k in range(LANES):
-                e = _exp(part[k] - base)
-                part[k] = e
-                lanes[k] += e
-        for k in range(n - even):
-            e = _exp(row[even + k] - base)
-            row[even + k] = e
-            lanes[k] += e
-        add = 0.0
-        for k in range(LANES):
-            add += np.float64(lanes[k])
+        for j in range(n):
+            row[j] = _exp(row[j] - base)
+        add = _sum(row, lanes)
         z[r, n:] = 0.0
         if whole:
             factor, logsum = _settle(np.float64(top), add, sinks[r // rows], empty)

@@ -75,36 +75,44 @@ def _emit(rows: int, vectors: int, scaled: bool, itemsize: int) -> Any:
     return codegen
 
 
-def _dots(columns: int, across: int) -> Any:
-    """dots(w, w0, x, x0, x_row, depth, y, y0, y_step): for j < columns, y[y0 + j y_step] = sum_k w[w0 + k] x[x0 + j x_row + k] on flat
-    arrays, for k < depth * across * lanes, depth >= 1, indices not checked. across * lanes running sums, which are then added up."""
+def _dots(rows: int, columns: int, across: int) -> Any:
+    """dots(w, w0, w_row, x, x0, x_row, depth, y, y0, y_step): for i < rows, j < columns,
 
-    def typed(typingctx, w, w0, x, x0, x_row, depth, y, y0, y_step):
+        y[y0 + i + j y_step] = sum_k w[w0 + i w_row + k] x[x0 + j x_row + k]
+
+    on flat arrays, for k < depth * across * lanes, depth >= 1, indices not checked. across * lanes running sums, which are then added up.
+    """
+
+    def typed(typingctx, w, w0, w_row, x, x0, x_row, depth, y, y0, y_step):
         if any(not isinstance(v, types.Array) or v.ndim != 1 or v.dtype != y.dtype for v in (w, x, y)):
             return None
         i = types.int64
-        return types.void(w, i, x, i, i, i, y, i, i), codegen
+        return types.void(w, i, i, x, i, i, i, y, i, i), codegen
 
     def codegen(context, builder, sig, args):
-        _, w0, _, x0, x_row, depth, _, y0, y_step = args
+        _, w0, w_row, _, x0, x_row, depth, _, y0, y_step = args
         v = Vectors(context, builder, sig, args, sig.args[0].dtype.bitwidth // 8)
-        pw, px, py = (v.data(k) for k in (0, 2, 6))
-        starts = [builder.add(x0, builder.mul(x_row, v.index(j))) for j in range(columns)]
-        with v.loop(depth, columns * across) as (k, sums):
+        pw, px, py = (v.data(k) for k in (0, 3, 7))
+        starts = [builder.add(w0, builder.mul(w_row, v.index(i))) for i in range(rows)]
+        columns_at = [builder.add(x0, builder.mul(x_row, v.index(j))) for j in range(columns)]
+        with v.loop(depth, rows * columns * across) as (k, sums):
             offset = builder.mul(k, v.index(across * v.count))
-            right = [v.load(pw, builder.add(w0, offset), i) for i in range(across)]
-            for j in range(columns):
-                for i in range(across):
-                    left = v.load(px, builder.add(starts[j], offset), i)
-                    sums[j * across + i] = v.add_product(left, right[i], sums[j * across + i])
-        for j in range(columns):
-            own = sums[j * across : (j + 1) * across]
+            left = [[v.load(px, builder.add(at, offset), m) for m in range(across)] for at in columns_at]
+            for i in range(rows):
+                right = [v.load(pw, builder.add(starts[i], offset), m) for m in range(across)]
+                for j in range(columns):
+                    for m in range(across):
+                        n = (i * columns + j) * across + m
+                        sums[n] = v.add_product(left[j][m], right[m], sums[n])
+        for n in range(rows * columns):
+            own = sums[n * across : (n + 1) * across]
             while len(own) > 1:
                 own = [builder.fadd(p, q) for p, q in zip(own[::2], own[1::2], strict=True)]
             lane = [builder.extract_element(own[0], ir.Constant(ir.IntType(32), i)) for i in range(v.count)]
             while len(lane) > 1:
                 lane = [builder.fadd(p, q) for p, q in zip(lane[: len(lane) // 2], lane[len(lane) // 2 :], strict=True)]
-            builder.store(lane[0], builder.gep(py, [builder.add(y0, builder.mul(y_step, v.index(j)))]), align=v.itemsize)
+            at = builder.add(y0, builder.add(v.index(n // columns), builder.mul(y_step, v.index(n % columns))))
+            builder.store(lane[0], builder.gep(py, [at]), align=v.itemsize)
         return context.get_dummy_value()
 
     return intrinsic(typed)
@@ -174,7 +182,10 @@ block: Any = _product(ROWS, VECTORS, False)
 block_row: Any = _product(1, VECTORS, False)
 block_onto: Any = _product(ROWS, VECTORS, True)
 block_onto_narrow: Any = _product(ROWS, 1, True)
-ACROSS = 4  # vectors of a row that `dots` takes at a time
-dots_one: Any = _dots(1, ACROSS)
-dots_two: Any = _dots(2, ACROSS)
-dots_four: Any = _dots(4, ACROSS // 2)
+ACROSS, TALL = 4, ROWS // 2  # vectors of a row that `dots` takes at a time, and rows where x is too long for the L1 cache
+dots_one: Any = _dots(1, 1, ACROSS)
+dots_two: Any = _dots(1, 2, ACROSS)
+dots_four: Any = _dots(1, 4, ACROSS // 2)
+tall_one: Any = _dots(TALL, 1, ACROSS // 2)
+tall_two: Any = _dots(TALL, 2, ACROSS // 4)
+tall_four: Any = _dots(TALL, 4, ACROSS // 4)

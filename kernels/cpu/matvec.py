@@ -11,37 +11,51 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ._common import run
-from ._tile import ACROSS, dots_four, dots_one, dots_two, lanes
+from ._tile import ACROSS, TALL, dots_four, dots_one, dots_two, lanes, tall_four, tall_one, tall_two
 
 FEW = 4  # vectors, up to which reading the weight is what takes the time
 CHUNK = 1 << 19  # elements of the weight that a thread takes at a time
+LONG = 1 << 14  # bytes of a vector from which it would be read out of the L2 cache again for every row: TALL rows then share it
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _rows(lo, hi, weight, x, per, first, rows, step, y):
-    """y[h,n,i] for i + rows * h from lo to hi; the first d - d % step elements of a row in vectors."""
+def _rows(lo, hi, weight, x, per, first, rows, step, tall, y):
+    """y[h,n,i] for i + rows * h from lo to hi; the first d - d % step elements of a row in vectors, if `tall` of TALL rows at a time."""
     (vectors, d), flat, xs, ys = x.shape[1:], weight.reshape(-1), x.reshape(-1), y.reshape(-1)
-    depth = d // step
-    for i in range(lo, hi):
+    depth, i = d // step, lo
+    while i < hi:
         h = i // rows
+        together = TALL if tall and i + TALL <= hi and i % rows + TALL <= rows else 1
         w0, x0, y0 = (h * per + first + i % rows) * d, h * vectors * d, h * vectors * rows + i % rows
         n = 0
         while n < vectors and depth:
             x1, y1 = x0 + n * d, y0 + n * rows
             if n + 4 <= vectors:
-                dots_four(flat, w0, xs, x1, d, 2 * depth, ys, y1, rows)
+                if together > 1:
+                    tall_four(flat, w0, d, xs, x1, d, 4 * depth, ys, y1, rows)
+                else:
+                    dots_four(flat, w0, d, xs, x1, d, 2 * depth, ys, y1, rows)
                 n += 4
             elif n + 2 <= vectors:
-                dots_two(flat, w0, xs, x1, d, depth, ys, y1, rows)
+                if together > 1:
+                    tall_two(flat, w0, d, xs, x1, d, 4 * depth, ys, y1, rows)
+                else:
+                    dots_two(flat, w0, d, xs, x1, d, depth, ys, y1, rows)
                 n += 2
             else:
-                dots_one(flat, w0, xs, x1, d, depth, ys, y1, rows)
+                if together > 1:
+                    tall_one(flat, w0, d, xs, x1, d, 2 * depth, ys, y1, rows)
+                else:
+                    dots_one(flat, w0, d, xs, x1, d, depth, ys, y1, rows)
                 n += 1
         for n in range(vectors):
-            rest = ys[y0 + n * rows] if depth else y.dtype.type(0)
-            for k in range(depth * step, d):
-                rest += flat[w0 + k] * xs[x0 + n * d + k]
-            ys[y0 + n * rows] = rest
+            for j in range(together):
+                at = y0 + n * rows + j
+                rest = ys[at] if depth else y.dtype.type(0)
+                for k in range(depth * step, d):
+                    rest += flat[w0 + j * d + k] * xs[x0 + n * d + k]
+                ys[at] = rest
+        i += together
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -66,8 +80,8 @@ def head_matvec(weight: NDArray[Any], x: NDArray[Any], rows: int, first: int) ->
     """y[h,n,i] = sum_d x[h,n,d] weight[h,first+i,d], i < rows, where weight[o,d] is each head's o/h rows after another's: W_UV o_c."""
     h, n, d = x.shape
     y = np.empty((h, n, rows), x.dtype)
-    step = ACROSS * lanes(x.itemsize)
-    run(_rows, h * rows, d, _readonly(weight), _readonly(x), weight.shape[0] // h, first, rows, step, y, largest=CHUNK)
+    step, tall = ACROSS * lanes(x.itemsize), n * d * x.itemsize >= LONG
+    run(_rows, h * rows, d, readonly(weight), readonly(x), weight.shape[0] // h, first, rows, step, tall, y, largest=CHUNK)
     return y
 
 
@@ -75,11 +89,11 @@ def head_vecmat(weight: NDArray[Any], x: NDArray[Any], first: int) -> NDArray[An
     """y[h,n,d] = sum_i x[h,n,i] weight[h,first+i,d], where weight[o,d] is each head's o/h rows after another's: q_nope W_UK."""
     h, n, rows = x.shape
     y = np.empty((h, n, weight.shape[1]), x.dtype)
-    run(_columns, h, rows * weight.shape[1], _readonly(weight), _readonly(x), weight.shape[0] // h, first, y, largest=CHUNK)
+    run(_columns, h, rows * weight.shape[1], readonly(weight), readonly(x), weight.shape[0] // h, first, y, largest=CHUNK)
     return y
 
 
-def _readonly(x: NDArray[Any]) -> NDArray[Any]:
+def readonly(x: NDArray[Any]) -> NDArray[Any]:
     """Numba compiles read-only and writable arrays separately, and one is enough."""
     view = x.view()
     view.flags.writeable = False

@@ -17,6 +17,7 @@ from ...ref.op import op_named
 from ._common import need
 from ._declared import declared
 from ._latent import Absorbed, Form, Heads, Naive, Sizes
+from ._step import Setting, is_step, step
 from ._turn import turn, turn_back
 from .linear import transposed
 from .norm import rmsnorm, rmsnorm_bwd
@@ -58,6 +59,15 @@ def _checked(form: Form, direction: str, arrays: dict[str, Any], attrs: dict[str
     return arrays, a, op
 
 
+def _setting(arrays: dict[str, Any], a: dict[str, Any], op: str) -> Setting:
+    x = arrays["x"]
+    h, dn, r, dv = (int(a[name]) for name in SIZES)
+    yarn = yarn_of(op, r, **{name: a[name] for name in YARN})
+    turns = tables(positions_of(op, arrays["positions"].ravel(), x.shape[0] * x.shape[1]), r, yarn, x.dtype)
+    layouts = a["rope_layout_in"], a["rope_layout_out"]
+    return Setting((h, dn, r, dv), int(a["kv_lora_rank"]), float(a["rms_norm_eps"]), layouts, turns, yarn.softmax_scale(dn + r))
+
+
 class Saved(NamedTuple):
     """What outputs and the backward need of the forward: activations, never the probabilities."""
 
@@ -79,13 +89,9 @@ def forward(form: Form, arrays: dict[str, Any], a: dict[str, Any], op: str, grou
     x = arrays["x"]
     b, s, d = x.shape
     n, flat = b * s, x.reshape(b * s, d)
-    h, dn, r, dv = (int(a[name]) for name in SIZES)
-    c, eps, layouts = int(a["kv_lora_rank"]), float(a["rms_norm_eps"]), (a["rope_layout_in"], a["rope_layout_out"])
-    yarn = yarn_of(op, r, **{name: a[name] for name in YARN})
-    positions = positions_of(op, arrays["positions"].ravel(), n)
+    (h, dn, r, dv), c, eps, layouts, turns, scale = _setting(arrays, a, op)
     cached = 0 if arrays["c_kv_cache"] is None else arrays["c_kv_cache"].shape[1]
     segments = _segments(op, b, s, cached + s, arrays["cu_seqlens"])
-    turns = tables(positions, r, yarn, x.dtype)
     down, c_q, to_heads = None, flat, arrays["q_proj"]
     if to_heads is None:
         down, to_heads = np.ascontiguousarray(transposed(arrays["q_a_proj"], flat).T), arrays["q_b_proj"]
@@ -99,7 +105,7 @@ def forward(form: Form, arrays: dict[str, Any], a: dict[str, Any], op: str, grou
             np.concatenate([arrays[f"{name}_cache"], new.reshape(b, s, new.shape[1])], axis=1).reshape(b * (cached + s), new.shape[1])
             for name, new in (("c_kv", c_kv), ("k_pe", k_pe))
         )
-    lse, o, scale = np.empty((h, n), x.dtype), np.empty((h, dv, n), x.dtype), yarn.softmax_scale(dn + r)
+    lse, o = np.empty((h, n), x.dtype), np.empty((h, dv, n), x.dtype)
 
     def some(h0: int, h1: int) -> Heads:
         sizes, up = (h1 - h0, dn, r, dv), arrays["kv_b_proj"][h0 * (dn + dv) : h1 * (dn + dv)]
@@ -195,7 +201,10 @@ def _public(form: Form, doc: str) -> Iterator[Any]:
         o_proj: Array | None = None,
         **attrs: Any,
     ) -> tuple[Array, Array, Array]:
-        return outputs(forward(form, *_checked(form, "forward", given(locals()), attrs)))
+        arrays, a, op = _checked(form, "forward", given(locals()), attrs)
+        if form is Absorbed and is_step(arrays):
+            return step(op, arrays, _setting(arrays, a, op))
+        return outputs(forward(form, arrays, a, op))
 
     def bwd(
         x: Array,

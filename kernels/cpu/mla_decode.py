@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._common import array_of, floats, integer, need, run
-from ._decode import TOKENS, Shape, merge, over_bytes, over_pages, pack
+from ._decode import TOKENS, Shape, merge, over_bytes, over_halves, over_pages, pack
 from ._tile import VECTORS, lanes
+from .matvec import readonly
 from .mla_cache import INTEGERS, pages_of, reading
 
 WIDEST = 128  # query rows of a task
@@ -40,7 +41,7 @@ def _decode(
     sink: NDArray[Any] | None,
     dv: int,
     page: int,
-    scale: Any,
+    scale: float,
     causal: Any,
     over: Callable,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -49,7 +50,7 @@ def _decode(
     panel = VECTORS * lanes(q.itemsize)
     across = min(WIDEST, -(-s * h // panel) * panel)
     chunks = -(-s * h // max(across, 1))
-    p = Shape(s, h, k, dv, s * h, across, chunks, panel, page, causal, float(scale) or k**-0.5, q.dtype == np.float64)
+    p = Shape(s, h, k, dv, s * h, across, chunks, panel, page, causal, scale, q.dtype == np.float64)
     y, lse = np.empty((b, s, h, dv), q.dtype), np.empty((b, h, s), q.dtype)
     if not y.size:
         return y, lse
@@ -100,6 +101,21 @@ def _check_table(op: str, table: NDArray[Any], lengths: NDArray[Any], pages: int
     return table.astype(np.int64), lengths.astype(np.int64)
 
 
+def decode_halves(
+    op: str, q: NDArray[Any], cached: tuple[NDArray[Any], NDArray[Any]], new: tuple[NDArray[Any], NDArray[Any]], scale: float
+) -> NDArray[Any]:
+    """mla_decode's o[b,s,h,c], causal, over cached c_kv[b,t,c] and k_pe[b,t,r] and those of the s new tokens, for checked arrays."""
+    b, s = q.shape[:2]
+    latents, ropes, new_latents, new_ropes = (readonly(a) for a in (*cached, *new))
+    lengths = np.full(b, latents.shape[1] + s, np.int64)
+
+    def over(tasks: Any, packed: Any, p: Shape, top: Any, total: Any, o: Any) -> None:
+        keys = latents, ropes, new_latents, new_ropes
+        run(over_halves, len(tasks), _work(tasks, p), tasks, *keys, lengths, packed, p, top, total, o)
+
+    return _decode(op, readonly(q), lengths, None, latents.shape[2], TOKENS, scale, True, over)[0]
+
+
 def mla_decode(
     q: NDArray[Any],
     kv_cache: NDArray[Any],
@@ -135,7 +151,7 @@ def mla_decode(
     def over(tasks: Any, packed: Any, p: Shape, top: Any, total: Any, o: Any) -> None:
         run(over_pages, len(tasks), _work(tasks, p), tasks, kv_cache.reshape(-1), table, lengths, packed, p, top, total, o)
 
-    return _decode(op, q, lengths, sink, dv, page, scale, causal, over)
+    return _decode(op, q, lengths, sink, dv, page, float(scale) or k**-0.5, causal, over)
 
 
 def mla_decode_fp8(
@@ -172,4 +188,4 @@ def mla_decode_fp8(
         sizes = len(tasks), _work(tasks, p)
         run(over_bytes, *sizes, tasks, cache.reshape(-1), table, lengths, packed, p, where, *reading(), top, total, o)
 
-    return _decode(op, q, lengths, sink, dv, page_size, scale, causal, over)
+    return _decode(op, q, lengths, sink, dv, page_size, float(scale) or k**-0.5, causal, over)

@@ -118,7 +118,7 @@ def rebalance(inputs: Arrays, attrs: dict[str, Any]) -> Arrays:
             phy2log[layer, p] = expert
             log2phy[layer, expert, rank] = p
             counts[layer, expert] += 1
-    return {"phy2log": phy2log, "log2phy": log2phy, "counts": counts}
+    return {"phy2log": phy2log, "log2phy": log2phy[:, :, : counts.max(initial=1)], "counts": counts}
 
 
 def margin(inputs: Arrays, attrs: dict[str, Any]) -> np.ndarray:

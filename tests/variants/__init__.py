@@ -8,6 +8,7 @@ from typing import Any
 from . import (
     attention,
     attention_backward,
+    balance,
     cache,
     casts,
     decodes,
@@ -15,11 +16,15 @@ from . import (
     mla,
     mla_backward,
     mla_decode,
+    moe,
+    moe_backward,
     norm,
     quantize,
     rope,
     router,
     router_backward,
+    router_softmax,
+    swiglu,
 )
 from .floats import LAYOUTS, STORE
 
@@ -76,6 +81,11 @@ def _named(op: str, direction: str, fns: Any, rounded: tuple[int, ...], single: 
     return [Variant(f.__name__, op, direction, f, SINGLE if single(f.__name__) else ALL, rounded) for f in fns]
 
 
+def _plain(op: str, direction: str, fns: Mapping[str, Callable], rounded: tuple[int, ...], single: tuple[str, ...] = ()) -> list[Variant]:
+    """Variants that round their outputs and nothing else."""
+    return [Variant(name, op, direction, fn, SINGLE if name in single else ALL, rounded) for name, fn in fns.items()]
+
+
 def _storing(op: str, direction: str, fns: Any, rounded: tuple[int, ...], precisions: Mapping[str, tuple[str, ...]]) -> list[Variant]:
     """Variants that are told how a precision stores; all precisions but for those that are named."""
     return [Variant(name, op, direction, f, precisions.get(name, ALL), rounded, stores=True) for name, f in fns.items()]
@@ -106,6 +116,23 @@ VARIANTS = [
     *_storing("mla.absorb", "backward", mla_backward.ABSORB, tuple(range(11)), dict.fromkeys(mla.SINGLE, SINGLE)),
     *_storing("mla.decode", "forward", mla_decode.DECODE, (0,), dict.fromkeys(mla_decode.SINGLE, SINGLE)),
     *_storing("mla.decode_fp8", "forward", mla_decode.DECODE_FP8, (0,), dict.fromkeys(mla_decode.SINGLE, SINGLE)),
+    *_plain("swiglu", "forward", swiglu.SWIGLU, (0,), swiglu.SINGLE),
+    *_plain("swiglu", "backward", swiglu.BACK, (0, 1), swiglu.BACK_SINGLE),
+    *_plain("router.softmax", "forward", router_softmax.SOFTMAX, (1,), router_softmax.SINGLE),
+    *_plain("router.softmax", "backward", router_softmax.SOFTMAX_BACK, (0,), router_softmax.BACK_SINGLE),
+    *_plain("router.balance_loss", "forward", balance.LOSS, (0,)),
+    *_plain("router.balance_loss", "backward", balance.LOSS_BACK, (0,)),
+    *_plain("router.drop_tokens", "forward", balance.DROP, ()),
+    *_plain("router.drop_tokens", "backward", balance.DROP_BACK, ()),
+    *_plain("router.bias_update", "forward", balance.BIAS, ()),
+    *_plain("moe.permute", "forward", moe.PERMUTE, ()),
+    *_plain("moe.permute", "backward", moe_backward.PERMUTE, (0,)),
+    *_plain("moe.unpermute", "forward", moe.UNPERMUTE, (0,)),
+    *_plain("moe.unpermute", "backward", moe_backward.UNPERMUTE, (0, 1)),
+    *_storing("moe.experts", "forward", moe.EXPERTS, (0,), {**dict.fromkeys(moe.SINGLE, SINGLE), "weights-early": ("fp32", "fp64")}),
+    *_storing("moe.experts", "backward", moe_backward.EXPERTS, (0, 1, 2, 3, 4), {}),
+    *_storing("moe.layer", "forward", moe.LAYER, (0,), {**dict.fromkeys(moe.LAYER_SINGLE, SINGLE), "weights-early": ("fp32",)}),
+    *_storing("moe.layer", "backward", moe_backward.LAYER, tuple(range(8)), dict.fromkeys(moe_backward.LAYER_SINGLE, SINGLE)),
     *_named("cache.append", "forward", cache.APPEND, (), lambda n: False),
     *_named("cache.read", "forward", cache.READ, (), lambda n: False),
 ]
@@ -135,6 +162,21 @@ EAGER = [
         for op in ("mla.absorb" if "absorbed" in name else "mla.prefill",)
     ),
 ]
+EAGER += [
+    Variant("eager", "swiglu", "forward", swiglu.swiglu_eager, ("bf16-eager",)),
+    Variant("eager", "swiglu", "backward", swiglu.swiglu_back_eager, ("bf16-eager",)),
+    Variant("eager", "router.softmax", "forward", router_softmax.SOFTMAX_EAGER, ("bf16-eager",)),
+    Variant("eager", "router.softmax", "backward", router_softmax.SOFTMAX_BACK_EAGER, ("bf16-eager",)),
+    Variant("eager", "router.balance_loss", "forward", balance.LOSS_EAGER, ("bf16-eager",)),
+    Variant("eager", "router.balance_loss", "backward", balance.LOSS_BACK_EAGER, ("bf16-eager",)),
+    Variant("eager", "moe.permute", "backward", moe_backward.PERMUTE_EAGER, ("bf16-eager",)),
+    Variant("eager", "moe.unpermute", "forward", moe.UNPERMUTE_EAGER, ("bf16-eager",)),
+    Variant("eager", "moe.unpermute", "backward", moe_backward.UNPERMUTE_EAGER, ("bf16-eager",)),
+    Variant("eager", "moe.experts", "forward", moe.EXPERTS_EAGER, ("bf16-eager",), (0,), stores=True),
+    Variant("eager", "moe.experts", "backward", moe_backward.EXPERTS_EAGER, ("bf16-eager",), tuple(range(5)), stores=True),
+    Variant("eager", "moe.layer", "forward", moe.LAYER_EAGER, ("bf16-eager",), (0,), stores=True),
+    Variant("eager", "moe.layer", "backward", moe_backward.LAYER_EAGER, ("bf16-eager",), tuple(range(8)), stores=True),
+]
 VARIANTS += EAGER
 FAST_EXP = Variant("fast-exp", "router.noaux_tc", "forward", router.FAST, SINGLE, (1,))
 ROUNDED_FIRST = [  # for cast_order="cast_then_weight"
@@ -144,4 +186,7 @@ ROUNDED_FIRST = [  # for cast_order="cast_then_weight"
 COS_SIN_STORED = [  # for cos_sin="stored"
     *(Variant("stored", "rope", d, fn, ("bf16",), (0,)) for d, fn in zip(("forward", "backward"), rope.STORED_FUSED, strict=True)),
     *(Variant("stored", "rope", d, fn, ("bf16-eager",)) for d, fn in zip(("forward", "backward"), rope.STORED, strict=True)),
+]
+SILU_STORED = [  # for silu="stored"
+    Variant("stored", "swiglu", "forward", swiglu.swiglu_stored, ("bf16",), (0,), stores=True),
 ]

@@ -196,18 +196,28 @@ def select(s: Array, bias: Array, largest: Callable, two: Callable, k: int, n_gr
     return largest(t, k)
 
 
-def divided(chosen: Array, norm: bool, factor: float, eps: float) -> Array:
-    return chosen / (chosen.sum(-1, keepdims=True) + chosen.dtype.type(eps)) * chosen.dtype.type(factor) if norm else chosen * factor
+def guarded(total: Array, eps: float, place: str) -> Array:
+    """The denominator, eps added or its least value"""
+    return np.maximum(total, total.dtype.type(eps)) if place == "clamp" else total + total.dtype.type(eps)
 
 
-def reciprocal(chosen: Array, norm: bool, factor: float, eps: float) -> Array:
+def gated(scores: Callable, logits: Array, scoring: str, gate_dtype: str) -> Array:
+    """With logits and scores rounded where the gate computes in bfloat16"""
+    return to_bf16(scores(to_bf16(logits), scoring)).astype(logits.dtype) if gate_dtype == "bfloat16" else scores(logits, scoring)
+
+
+def divided(chosen: Array, norm: bool, factor: float, eps: float, place: str = "add") -> Array:
+    return chosen / guarded(chosen.sum(-1, keepdims=True), eps, place) * chosen.dtype.type(factor) if norm else chosen * factor
+
+
+def reciprocal(chosen: Array, norm: bool, factor: float, eps: float, place: str = "add") -> Array:
     """One reciprocal a row, the factor joined to it."""
     if not norm:
         return factor * chosen
     total = np.zeros_like(chosen[:, 0])
     for slot in range(chosen.shape[1]):
         total = total + chosen[:, slot]
-    return chosen * (chosen.dtype.type(factor) * (1 / (total + chosen.dtype.type(eps))))[:, None]
+    return chosen * (chosen.dtype.type(factor) * (1 / guarded(total, eps, place)))[:, None]
 
 
 def router(scores: Callable, largest: Callable, two: Callable, weigh: Callable, name: str, arrange: Callable | None = None) -> Callable:
@@ -224,13 +234,15 @@ def router(scores: Callable, largest: Callable, two: Callable, weigh: Callable, 
         routed_scaling_factor: float = 2.5,
         scoring: str = "sigmoid",
         denominator_eps: float = 1e-20,
+        denominator_place: str = "add",
         mask_fill: str = "-inf",
+        gate_dtype: str = "float32",
     ) -> Two:
         with np.errstate(over="ignore"):
-            s = scores(logits, scoring)
+            s = gated(scores, logits, scoring, gate_dtype)
         idx = select(s, bias.astype(s.dtype), largest, two, k, n_group, topk_group, mask_fill)
         idx = idx if arrange is None else arrange(idx)
-        return idx, weigh(np.take_along_axis(s, idx, 1), norm_topk_prob, routed_scaling_factor, denominator_eps)
+        return idx, weigh(np.take_along_axis(s, idx, 1), norm_topk_prob, routed_scaling_factor, denominator_eps, denominator_place)
 
     forward.__name__ = name
     return forward
@@ -267,7 +279,9 @@ def forward_eager(
     routed_scaling_factor: float = 2.5,
     scoring: str = "sigmoid",
     denominator_eps: float = 1e-20,
+    denominator_place: str = "add",
     mask_fill: str = "-inf",
+    gate_dtype: str = "float32",
 ) -> Two:
     """Every operation rounds to bfloat16; sums accumulate in float32."""
     r = to_bf16
@@ -288,5 +302,5 @@ def forward_eager(
     idx = by_sorting(t, k)
     chosen = np.take_along_axis(s, idx, 1)
     if norm_topk_prob:
-        chosen = r(chosen / r(r(chosen.sum(-1, keepdims=True)) + np.float32(denominator_eps)))
+        chosen = r(chosen / r(guarded(r(chosen.sum(-1, keepdims=True)), denominator_eps, denominator_place)))
     return idx, r(chosen * r(np.float32(routed_scaling_factor)))

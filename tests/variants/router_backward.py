@@ -5,16 +5,22 @@ from typing import Any
 import numpy as np
 
 from .floats import Array, to_bf16
-from .router import exp_split, scores_plain, scores_split, scores_tanh, scores_wide, sigmoid, sigmoid_tanh, softplus
+from .router import exp_split, gated, guarded, scores_plain, scores_split, scores_tanh, scores_wide, sigmoid, sigmoid_tanh, softplus
 
 
-def to_chosen(chosen: Array, dw: Array, norm: bool, factor: float, eps: float) -> Array:
+def moves(total: Array, eps: float, place: str) -> Array:
+    """1 where the denominator follows the scores, 0 where it is its least value"""
+    return ((place != "clamp") | (total >= eps)).astype(total.dtype)
+
+
+def to_chosen(chosen: Array, dw: Array, norm: bool, factor: float, eps: float, place: str = "add") -> Array:
     """The gradient to the chosen scores: factor/S (dw - Σ dw s/S)"""
     real = chosen.dtype.type
     if not norm:
         return dw * real(factor)
-    total = chosen.sum(-1, keepdims=True) + real(eps)
-    return real(factor) / total * (dw - (dw * (chosen / total)).sum(-1, keepdims=True))
+    plain = chosen.sum(-1, keepdims=True)
+    total = guarded(plain, eps, place)
+    return real(factor) / total * (dw - moves(plain, eps, place) * (dw * (chosen / total)).sum(-1, keepdims=True))
 
 
 def through_scores(ds: Array, logits: Array, s: Array, scoring: str) -> Array:
@@ -35,13 +41,16 @@ def scattered(
     routed_scaling_factor: float = 2.5,
     scoring: str = "sigmoid",
     denominator_eps: float = 1e-20,
+    denominator_place: str = "add",
+    gate_dtype: str = "float32",
     **_selection: Any,
 ) -> Array:
     """Scores for all experts, a scatter, then the slope."""
-    s = scores_plain(logits, scoring)
+    s = gated(scores_plain, logits, scoring, gate_dtype)
     chosen = np.take_along_axis(s, topk_idx, 1)
     ds = np.zeros_like(s)
-    np.put_along_axis(ds, topk_idx, to_chosen(chosen, dtopk_weight, norm_topk_prob, routed_scaling_factor, denominator_eps), 1)
+    dchosen = to_chosen(chosen, dtopk_weight, norm_topk_prob, routed_scaling_factor, denominator_eps, denominator_place)
+    np.put_along_axis(ds, topk_idx, dchosen, 1)
     return through_scores(ds, logits, s, scoring)
 
 
@@ -55,16 +64,19 @@ def one_hot(
     routed_scaling_factor: float = 2.5,
     scoring: str = "sigmoid",
     denominator_eps: float = 1e-20,
+    denominator_place: str = "add",
+    gate_dtype: str = "float32",
     **_selection: Any,
 ) -> Array:
     """A product with one-hot rows gathers and scatters; the factor comes first."""
-    s = scores_tanh(logits, scoring)
+    s = gated(scores_tanh, logits, scoring, gate_dtype)
     hot = (topk_idx[:, :, None] == np.arange(logits.shape[1])).astype(s.dtype)  # [n,k,e]
     chosen = np.einsum("nke,ne->nk", hot, s)
     dw = dtopk_weight * s.dtype.type(routed_scaling_factor)
     if norm_topk_prob:
-        inverse = 1 / (chosen.sum(-1, keepdims=True) + s.dtype.type(denominator_eps))
-        dw = (dw - (dw * chosen).sum(-1, keepdims=True) * inverse) * inverse
+        total = chosen.sum(-1, keepdims=True)
+        inverse = 1 / guarded(total, denominator_eps, denominator_place)
+        dw = (dw - (dw * chosen).sum(-1, keepdims=True) * inverse * moves(total, denominator_eps, denominator_place)) * inverse
     return through_scores(np.einsum("nk,nke->ne", dw, hot), logits, s, scoring)
 
 
@@ -78,14 +90,17 @@ def by_weights(
     routed_scaling_factor: float = 2.5,
     scoring: str = "sigmoid",
     denominator_eps: float = 1e-20,
+    denominator_place: str = "add",
+    gate_dtype: str = "float32",
     **_selection: Any,
 ) -> Array:
     """In terms of the weights w = s/S, on the chosen experts alone: factor w (dw - Σ dw w) (1 - s), with 1 - s as sigmoid(-x)"""
     x = np.take_along_axis(logits, topk_idx, 1)
-    s = np.take_along_axis(scores_split(logits, scoring), topk_idx, 1)
-    total = s.sum(-1, keepdims=True) + s.dtype.type(denominator_eps) if norm_topk_prob else np.ones_like(s[:, :1])
-    w = s / total
-    centred = dtopk_weight - (dtopk_weight * w).sum(-1, keepdims=True) if norm_topk_prob else dtopk_weight
+    s = np.take_along_axis(gated(scores_split, logits, scoring, gate_dtype), topk_idx, 1)
+    plain = s.sum(-1, keepdims=True)
+    w = s / guarded(plain, denominator_eps, denominator_place) if norm_topk_prob else s
+    mean = (dtopk_weight * w).sum(-1, keepdims=True) * moves(plain, denominator_eps, denominator_place)
+    centred = dtopk_weight - mean if norm_topk_prob else dtopk_weight
     flow = centred * s.dtype.type(routed_scaling_factor)
     out = np.zeros_like(logits)
     if scoring == "softmax":
@@ -94,7 +109,8 @@ def by_weights(
         np.put_along_axis(out, topk_idx, np.take_along_axis(out, topk_idx, 1) + w * flow, 1)
         return out
     if scoring == "sigmoid":
-        np.put_along_axis(out, topk_idx, w * sigmoid(-x, exp_split) * flow, 1)
+        rest = 1 - s if gate_dtype == "bfloat16" else sigmoid(-x, exp_split)
+        np.put_along_axis(out, topk_idx, w * rest * flow, 1)
     else:  # d/dx √softplus = sigmoid/(2 √softplus) = w's share of sigmoid/(2 softplus)
         np.put_along_axis(out, topk_idx, w * flow * sigmoid(x, exp_split) / (2 * softplus(x)), 1)
     return out
@@ -110,16 +126,18 @@ def wide(
     routed_scaling_factor: float = 2.5,
     scoring: str = "sigmoid",
     denominator_eps: float = 1e-20,
+    denominator_place: str = "add",
+    gate_dtype: str = "float32",
     **_selection: Any,
 ) -> Array:
     """In float64, row after row, rounded at the end."""
     out = np.zeros(logits.shape)
     for i, idx in enumerate(topk_idx):
         x = logits[i : i + 1].astype(np.float64)
-        s = scores_wide(x, scoring)
+        s = gated(scores_wide, x, scoring, gate_dtype)
         dw = dtopk_weight[i : i + 1].astype(np.float64)
         ds = np.zeros_like(s)
-        ds[:, idx] = to_chosen(s[:, idx], dw, norm_topk_prob, routed_scaling_factor, denominator_eps)
+        ds[:, idx] = to_chosen(s[:, idx], dw, norm_topk_prob, routed_scaling_factor, denominator_eps, denominator_place)
         out[i] = through_scores(ds, x, s, scoring)
     return out.astype(logits.dtype)
 
@@ -134,25 +152,29 @@ def slots(
     routed_scaling_factor: float = 2.5,
     scoring: str = "sigmoid",
     denominator_eps: float = 1e-20,
+    denominator_place: str = "add",
+    gate_dtype: str = "float32",
     **_selection: Any,
 ) -> Array:
     """Slot after slot with running sums, the weighted mean as ΣΣ over pairs: Σ_j s_j (dw_i - dw_j) / S², so that nothing cancels twice."""
-    s = scores_plain(logits, scoring)
+    s = gated(scores_plain, logits, scoring, gate_dtype)
     chosen = np.take_along_axis(s, topk_idx, 1)
     real, ds = s.dtype.type, np.zeros_like(s)
     rows = np.arange(len(s))
-    total = np.full(len(s), real(denominator_eps))
+    plain = np.zeros(len(s), s.dtype)
     for slot in range(topk_idx.shape[1]):
-        total = total + chosen[:, slot]
+        plain = plain + chosen[:, slot]
+    total, follows = guarded(plain, denominator_eps, denominator_place), moves(plain, denominator_eps, denominator_place)
+    own_share = np.where(follows == 0, total, real(0 if denominator_place == "clamp" else denominator_eps))
     for slot in range(topk_idx.shape[1]):
         own = dtopk_weight[:, slot]
         if norm_topk_prob:
-            pairs = own * real(denominator_eps)
+            pairs = own * own_share
             for other in range(topk_idx.shape[1]):
-                pairs = pairs + chosen[:, other] * (own - dtopk_weight[:, other])
+                pairs = pairs + follows * chosen[:, other] * (own - dtopk_weight[:, other])
             own = pairs / total / total
         ds[rows, topk_idx[:, slot]] += own * real(routed_scaling_factor)
-    if scoring == "sigmoid":
+    if scoring == "sigmoid" and gate_dtype == "float32":
         return ds * (s * sigmoid_tanh(-logits))
     return through_scores(ds, logits, s, scoring)
 
@@ -167,6 +189,8 @@ def eager(
     routed_scaling_factor: float = 2.5,
     scoring: str = "sigmoid",
     denominator_eps: float = 1e-20,
+    denominator_place: str = "add",
+    gate_dtype: str = "float32",
     **_selection: Any,
 ) -> Array:
     """Every operation rounds to bfloat16; sums accumulate in float32."""
@@ -180,8 +204,9 @@ def eager(
         s = sigma if scoring == "sigmoid" else r(np.sqrt(r(r(np.log1p(small)) + np.maximum(logits, 0))))
     chosen, d = np.take_along_axis(s, topk_idx, 1), dtopk_weight
     if norm_topk_prob:
-        total = r(r(chosen.sum(-1, keepdims=True)) + np.float32(denominator_eps))
-        d = r(d - r(r(d * r(chosen / total)).sum(-1, keepdims=True)))
+        plain = r(chosen.sum(-1, keepdims=True))
+        total = r(guarded(plain, denominator_eps, denominator_place))
+        d = r(d - moves(plain, denominator_eps, denominator_place) * r(r(d * r(chosen / total)).sum(-1, keepdims=True)))
         d = r(d / total)
     ds = np.zeros_like(s)
     np.put_along_axis(ds, topk_idx, r(d * r(np.float32(routed_scaling_factor))), 1)
