@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from leadline.golden import bench
+from leadline.golden import bench, bench_moe
 
 
 def test_a_record_has_the_form_that_every_benchmark_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,8 +21,11 @@ def test_a_record_has_the_form_that_every_benchmark_has(monkeypatch: pytest.Monk
 
 @pytest.mark.peers
 @pytest.mark.parametrize("name", bench.BENCHES)
-def test_what_is_timed_is_the_same_work(name: str) -> None:
-    """Each peer runs, and where it returns codes or values they are ours: a ratio of two different things means nothing."""
+def test_what_is_timed_is_the_same_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each peer runs, and where it returns codes or values they are ours: a ratio of two different things means nothing. The experts are
+    narrower than in the benchmark, whose 32 of V3's width take 12 GB and minutes."""
+    monkeypatch.setattr(bench_moe, "HIDDEN", 512)
+    monkeypatch.setattr(bench_moe, "WIDTH", 128)
     pytest.importorskip("torch", reason="needs the extra peers")
     pytest.importorskip("ml_dtypes", reason="needs the extra peers")
     import torch
