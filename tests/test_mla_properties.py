@@ -115,7 +115,7 @@ def contiguous_decode(q: np.ndarray, tokens: list[np.ndarray], c: int, **attrs: 
 
 @given(st.integers(0, 2**31), st.sampled_from((1, 3, 8)), st.lists(st.integers(0, 20), min_size=1, max_size=3))
 def test_paged_equals_contiguous(seed: int, page: int, lengths: list[int]) -> None:
-    """Tokens on any pages in any order give the bits of the contiguous cache; two pages of a sequence exchanged do not."""
+    """Tokens on any pages in any order give the bits of the contiguous cache; one page read in another's place does not."""
     rng = np.random.Generator(np.random.Philox(key=seed))
     blocks = -(-max(lengths) // page) + 1
     pages = blocks * len(lengths)
@@ -127,7 +127,7 @@ def test_paged_equals_contiguous(seed: int, page: int, lengths: list[int]) -> No
         np.testing.assert_array_equal(o[i : i + 1], expected)
     if lengths[0] > page + 1:  # a full page and more than the newest token of the next
         swapped = table.copy()
-        swapped[0, :2] = table[0, 1::-1]
+        swapped[0, 0] = table[0, 1]
         assert not np.array_equal(mla_decode_fwd(q, kv_cache, swapped, np.array(lengths), kv_lora_rank=8)[0][0][0, 0], o[0, 0])
 
 

@@ -16,7 +16,7 @@ from leadline.golden.draw import draw_case
 from leadline.golden.precision import PRECISIONS
 from leadline.ref import FORMATS, OPS, Op
 from leadline.ref.formats import CASTS
-from oracles import ORACLES, router
+from oracles import ORACLES, moe, router
 from oracles.cast import boundaries
 
 Arrays = dict[str, np.ndarray]
@@ -91,8 +91,12 @@ def decided(op: Op, direction: str, inputs: Arrays, attrs: Attrs) -> Any:
     """The rows whose decision float64 rounding cannot turn. s errs by 4 units at most (exp, sum, quotient, and one more), s + bias by one
     more of its own, a group's score is the sum of two: 12 units of the largest, on either side of the gap. Equal inputs tie in any
     arithmetic, so the oracle counts them as no risk."""
-    if op.name != "router.noaux_tc" or direction == "backward":
+    if direction == "backward" or op.name not in ("router.noaux_tc", "router.softmax", "moe.layer"):
         return ...
+    if op.name == "router.softmax":
+        return router.softmax_selection_margin(inputs, attrs) > 24 * UNIT
+    if op.name == "moe.layer":  # products before the scores: 2 units of each of a few terms, and slopes of 2 at most
+        return moe.selection_margin(inputs, attrs) > 2.0**-40
     size = np.max(np.abs(inputs["bias"]), initial=0.0) + np.sqrt(1.0 + np.max(inputs["logits"], initial=0.0))  # of s + bias, whatever s
     return router.selection_margin(inputs, attrs) > 24 * UNIT * size
 

@@ -59,7 +59,8 @@ def test_correct_routers_pass_with_other_attributes(attrs: dict[str, Any]) -> No
     turn = ROUTER_ATTRS.index(attrs)
     for variant in routers[turn % 2 :: 4]:
         for precision in variant.precisions[:2]:
-            assert not complaint(asked(variant, precision, (2,), attrs))
+            # A bf16 gate rounds these scores, too, but its straight-through slope is theirs alone.
+            assert not complaint(asked(variant, precision, (2,), {"gate_dtype": "float32", **attrs}))
 
 
 @pytest.mark.parametrize("overflow", ["saturate", "nan"])
