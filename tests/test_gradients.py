@@ -128,14 +128,17 @@ def test_differences_kill(name: str, bug: Bug) -> None:
 @pytest.mark.parametrize("name", WITH_BACKWARD)
 @given(data=st.data())
 def test_backward_is_linear(name: str, data: st.DataObject) -> None:
-    """bwd(2 dy) = 2 bwd(dy) and bwd(-dy) = -bwd(dy), to the bit: powers of two and signs pass through every rounding."""
+    """bwd(2 dy) = 2 bwd(dy) and bwd(-dy) = -bwd(dy), to the bit: powers of two and signs pass through every rounding but a subnormal's.
+
+    Products below 2^-1022 lose their last bits, 2^-1075 each; what they are multiplied by later is far below 2^75 here.
+    """
     q = data.draw(strategies.questions(name, direction="backward", precision="bf16"))
     inputs = in_float64(q.inputs)
     once = q.op.run("backward", inputs, q.attrs)
     for factor in (2.0, -1.0):
         scaled = {k: x * factor if any(k == f"d{t.name}" for t in q.op.outputs) else x for k, x in inputs.items()}
         for output, g in q.op.run("backward", scaled, q.attrs).items():
-            np.testing.assert_array_equal(g, factor * once[output])
+            np.testing.assert_allclose(g, factor * once[output], rtol=0, atol=2.0**-1000)
 
 
 def smooth(op: Op, inputs: Arrays) -> Arrays:

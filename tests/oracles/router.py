@@ -267,6 +267,8 @@ def row_margin(logits: list[Any], bias: list[float], keys: list[Any], at: dict[s
     masked = _masked(t, at)
     masked_keys = [key if v is u else None for key, u, v in zip(keys, t, masked, strict=True)]
     gaps += _gaps(masked, masked_keys, range(at["k"]))
+    if at["best"] == 1 and at["mask_fill"] == "0" and None in masked_keys:  # a softmax that underflows ties with the fill
+        gaps += [to_float64(masked[i]) for i in _ranked(masked)[: at["k"]]]
     return min(gaps, default=float("inf"))
 
 
