@@ -6,6 +6,7 @@ peer_seconds: below 1 is faster), limit (what binds: copy or gemm) and limit_sha
 
 import concurrent.futures
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -185,41 +186,28 @@ def router() -> Iterator[Bench]:
     yield Bench("router.noaux_tc", "65536×256", lambda: cpu.router.noaux_tc(logits=logits, bias=bias), {"torch topk": eager}, moved)
 
 
-def bench_mla() -> Any:
-    from . import bench_mla as module  # which imports this one
-
-    return module
-
-
-def bench_decode() -> Any:
-    from . import bench_decode as module  # which imports this one
-
-    return module
-
-
-def bench_moe() -> Any:
-    from . import bench_moe as module  # which imports this one
-
-    return module
+def beside(module: str, name: str) -> Callable[[], Iterator[Bench]]:
+    """A benchmark of another module, which imports this one: looked up when it is called."""
+    return lambda: getattr(importlib.import_module(f".{module}", __package__), name)()
 
 
 BENCHES: dict[str, Callable[[], Iterator[Bench]]] = {
     **{f"cast.{fmt}": (lambda fmt=fmt: casts(fmt)) for fmt in ("e4m3fn", "e5m2", "bf16", "fp16")},
-    "attention": lambda: bench_mla().attention(),
-    "cache.append": lambda: bench_decode().append(),
-    "cache.read": lambda: bench_decode().read(),
+    "attention": beside("bench_mla", "attention"),
+    "cache.append": beside("bench_decode", "append"),
+    "cache.read": beside("bench_decode", "read"),
     "fp8.quantize_tile": quantize_tile,
-    "mla.absorb": lambda: bench_decode().decode_step(),
-    "mla.decode": lambda: bench_decode().decode(),
-    "mla.decode_fp8": lambda: bench_decode().decode_fp8(),
-    "mla.prefill": lambda: bench_mla().prefill(),
-    "moe.experts": lambda: bench_moe().experts(),
-    "moe.layer": lambda: bench_moe().layer(),
+    "mla.absorb": beside("bench_decode", "decode_step"),
+    "mla.decode": beside("bench_decode", "decode"),
+    "mla.decode_fp8": beside("bench_decode", "decode_fp8"),
+    "mla.prefill": beside("bench_mla", "prefill"),
+    "moe.experts": beside("bench_moe", "experts"),
+    "moe.layer": beside("bench_moe", "layer"),
     "rmsnorm": rmsnorm,
-    "rope": lambda: bench_decode().rope(),
+    "rope": beside("bench_decode", "rope"),
     "router.noaux_tc": router,
-    "router.softmax": lambda: bench_moe().router_softmax(),
-    "swiglu": lambda: bench_moe().swiglu(),
+    "router.softmax": beside("bench_moe", "router_softmax"),
+    "swiglu": beside("bench_moe", "swiglu"),
 }
 
 

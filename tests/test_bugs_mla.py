@@ -1,32 +1,28 @@
 """Known bugs of rotary embedding, attention, its parts, the latent cache and MLA: each makes some declared case FAIL, and is named."""
 
-import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
+from buggy import check_reference, check_registry, check_told, known, named, vector
 from leadline.golden.band import truth_of
-from leadline.golden.bugs import FILES, Bug, bugs_of
+from leadline.golden.bugs import Bug, bugs_of
 from leadline.golden.bugs import attention as attention_bugs
 from leadline.golden.bugs import cache as cache_bugs
 from leadline.golden.bugs import mla as mla_bugs
 from leadline.golden.bugs import parts as parts_bugs
 from leadline.golden.bugs import rope as rope_bugs
 from leadline.golden.draw import draw_case
-from leadline.golden.explain import explain
 from leadline.golden.generate import caught
-from leadline.golden.judge import FAIL, PASS, Question, Returned, as_returned, judge
+from leadline.golden.judge import Returned
 from leadline.golden.precision import PRECISIONS
-from leadline.golden.vectors import Store, Vector, directions, make
-from leadline.golden.verify import verify
-from leadline.ref.op import OPS, Case, Op
+from leadline.ref.op import OPS
 from variants import decodes, floats
 
 Array = np.ndarray
 AREA = ("rope", "attention", "mla", "cache")
-MODULES = [importlib.import_module(f"leadline.golden.bugs.{name}") for name in FILES]
 
 # The registry of known bugs of this area: reports from the field, and mutants of them.
 REGISTRY = (
@@ -73,20 +69,11 @@ REGISTRY = (
 
 def test_no_bug_of_the_registry_is_dropped() -> None:
     """Every id is a variant, or is listed with the reason why it is none; never both, and no reason for an id that is not there."""
-    written = {bug.id for module in MODULES for bug in module.BUGS}
-    reasons = dict(pair for module in MODULES for pair in getattr(module, "UNWRITTEN", ()))
-    assert set(REGISTRY) <= written | reasons.keys(), set(REGISTRY) - written - reasons.keys()
-    assert not written & reasons.keys()
+    reasons = check_registry(REGISTRY)
     assert {"rope-angle-f32-large-pos", "mla-absorb-dequant-layout", "kv-scale-amax-ignores-kpe"} <= reasons.keys()
-    assert all(len(reason) > 40 for reason in reasons.values())
 
 
 # ---- every bug is caught
-
-
-@cache
-def vector(op: str, case: str, way: str, precision: str) -> Vector:
-    return make(OPS[op], next(c for c in OPS[op].cases if c.name == case), way, PRECISIONS[precision])
 
 
 @cache
@@ -94,16 +81,7 @@ def flags(op: str, case: str, way: str, precision: str) -> frozenset[str]:
     return frozenset(caught(vector(op, case, way, precision)))
 
 
-KNOWN = [
-    (op.name, way, bug)
-    for op in OPS.values()
-    if op.name.split(".")[0] in AREA
-    for way in directions(op)
-    for bug in dict.fromkeys(b.id for b in bugs_of(op, way))
-]
-
-
-@pytest.mark.parametrize(("op", "way", "bug"), [pytest.param(*k, id="-".join(k)) for k in KNOWN])
+@pytest.mark.parametrize(("op", "way", "bug"), [pytest.param(*k, id="-".join(k)) for k in known(AREA)])
 def test_some_case_fails_the_bug(op: str, way: str, bug: str) -> None:
     """At float32 and at bfloat16. A convention fails likewise where the case has another."""
     for precision in ("fp32", "bf16"):
@@ -113,11 +91,7 @@ def test_some_case_fails_the_bug(op: str, way: str, bug: str) -> None:
 
 def test_the_reference_passes_as_itself() -> None:
     """What the variants are compared with: the reference's own outputs, rounded once, pass the cases that catch most bugs."""
-    for op, way in dict.fromkeys((op, way) for op, way, _ in KNOWN):
-        v = vector(op, OPS[op].cases[0].name, way, "bf16")
-        question = Question(v.op, way, v.inputs, v.case.attrs, v.precision)
-        found = judge(question, as_returned(question, truth_of(v.op, way, v.inputs, v.case.attrs)), v.band)
-        assert found.verdict == PASS, (op, way, found.reasons)
+    check_reference(AREA, cases=1)
 
 
 def same(op: str, way: str, fwd: Callable, bwd: Callable | None = None) -> None:
@@ -160,13 +134,6 @@ def test_frames_without_a_mistake_are_the_reference() -> None:
 
 
 # ---- wrong subjects, which share nothing with golden/bugs nor with the reference
-
-
-class Made(Store):
-    """Vectors made when they are asked for."""
-
-    def get(self, op: Op, case: Case, direction: str, precision: Any) -> Vector:
-        return vector(op.name, case.name, direction, precision.name)
 
 
 def turn(x: Array, angle: Array, halves: bool = False) -> Array:
@@ -287,11 +254,7 @@ WRONG = [
 @pytest.mark.parametrize(("bug", "op", "way", "subject"), [pytest.param(*w, id=w[0]) for w in WRONG])
 def test_a_wrong_subject_fails_and_is_told_why(bug: str, op: str, way: str, subject: Callable) -> None:
     """A subject with the bug fails, and its own bug is the first that is named."""
-    with np.errstate(all="ignore"):
-        report = verify(subject, op=op, direction=way, precision="fp32", store=Made())
-    assert report.verdict == FAIL, str(report)
-    (group,) = report.groups()
-    assert [e.id for e, _ in report.explanations(group) if "=" not in e.id][:1] == [bug], str(report)
+    check_told(bug, op, way, subject)
 
 
 def yarn_angles(positions: Array, a: dict[str, Any], r: int) -> Array:
@@ -358,12 +321,8 @@ def prefill(
 
 def first_of(case: str, way: str, outputs: dict[str, Array], op: str = "mla.prefill") -> list[str]:
     """The verdict on these outputs of a case at float32, and the bugs that explain them."""
-    v = vector(op, case, way, "fp32")
-    question = Question(v.op, way, v.inputs, v.case.attrs, v.precision)
     returned = {k: Returned(x.real.astype(np.float32), "float32") for k, x in outputs.items()}
-    assert judge(question, returned, v.band).verdict == FAIL
-    with np.errstate(all="ignore"):
-        return [e.id for e in explain(question, returned) if "=" not in e.id]
+    return named(vector(op, case, way, "fp32"), returned)
 
 
 def asked(case: str, way: str) -> tuple[dict[str, Array], dict[str, Any]]:

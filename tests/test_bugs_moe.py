@@ -1,25 +1,22 @@
 """Known bugs of the routers, their balance, SwiGLU, the experts and the layer: each makes some declared case FAIL, and is named."""
 
-import importlib
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
+from buggy import Made, check_reference, check_registry, check_told, known, named, question_of, vector
 from leadline.golden.band import truth_of
-from leadline.golden.bugs import FILES, Bug, balance, bugs_of, moe, moe_experts, moe_layer
+from leadline.golden.bugs import Bug, balance, bugs_of, moe, moe_experts, moe_layer
 from leadline.golden.draw import draw_case
-from leadline.golden.explain import explain
-from leadline.golden.judge import FAIL, PASS, Question, Returned, as_returned, judge
+from leadline.golden.judge import FAIL, Returned, as_returned, judge
 from leadline.golden.precision import PRECISIONS
-from leadline.golden.vectors import Store, Vector, directions, make
+from leadline.golden.vectors import Vector
 from leadline.golden.verify import verify
-from leadline.ref.op import OPS, Case, Op
+from leadline.ref.op import OPS
 
 Array = np.ndarray
 AREA = ("router", "swiglu", "moe")
-MODULES = [importlib.import_module(f"leadline.golden.bugs.{name}") for name in FILES]
 
 # The registry of known bugs of this area: reports from the field, and mutants of them.
 REGISTRY = (
@@ -78,40 +75,22 @@ HIDDEN_IN_BF16 = {
 
 def test_no_bug_of_the_registry_is_dropped() -> None:
     """Every id is a variant, or is listed with the reason why it is none; never both."""
-    written = {bug.id for module in MODULES for bug in module.BUGS}
-    reasons = dict(pair for module in MODULES for pair in getattr(module, "UNWRITTEN", ()))
-    assert set(REGISTRY) <= written | reasons.keys(), set(REGISTRY) - written - reasons.keys()
-    assert not written & reasons.keys()
-    assert all(len(reason) > 40 for reason in reasons.values())
+    check_registry(REGISTRY)
 
 
 # ---- every bug is caught
 
 
-@cache
-def vector(op: str, case: str, way: str, precision: str) -> Vector:
-    return make(OPS[op], next(c for c in OPS[op].cases if c.name == case), way, PRECISIONS[precision])
-
-
 def fails(v: Vector, bug: Bug) -> bool:
     """Whether the case fails a subject that has this bug"""
-    question = Question(v.op, v.direction, v.inputs, v.case.attrs, v.precision)
+    question = question_of(v)
     inputs = v.inputs if v.op.exact else {k: x.astype(np.float64) if x.dtype.kind == "f" else x for k, x in v.inputs.items()}
     with np.errstate(all="ignore"):
         outputs = bug.variant(v.op).run(v.direction, inputs, {**v.case.attrs, **bug.attrs})
     return judge(question, as_returned(question, {k: np.asarray(y) for k, y in outputs.items()}), v.band).verdict == FAIL
 
 
-KNOWN = [
-    (op.name, way, bug)
-    for op in OPS.values()
-    if op.name.split(".")[0] in AREA
-    for way in directions(op)
-    for bug in dict.fromkeys(b.id for b in bugs_of(op, way))
-]
-
-
-@pytest.mark.parametrize(("op", "way", "bug"), [pytest.param(*k, id="-".join(k)) for k in KNOWN])
+@pytest.mark.parametrize(("op", "way", "bug"), [pytest.param(*k, id="-".join(k)) for k in known(AREA)])
 def test_some_case_fails_the_bug(op: str, way: str, bug: str) -> None:
     """At float32, and at bfloat16 unless that hides it. A convention fails likewise where the case has another."""
     variants = [b for b in bugs_of(OPS[op], way) if b.id == bug]
@@ -124,12 +103,7 @@ def test_some_case_fails_the_bug(op: str, way: str, bug: str) -> None:
 
 def test_the_reference_passes_as_itself() -> None:
     """What the variants are compared with: the reference's own outputs, rounded once, pass."""
-    for op, way in dict.fromkeys((op, way) for op, way, _ in KNOWN):
-        for case in OPS[op].cases[:2]:
-            v = vector(op, case.name, way, "bf16")
-            question = Question(v.op, way, v.inputs, v.case.attrs, v.precision)
-            found = judge(question, as_returned(question, truth_of(v.op, way, v.inputs, v.case.attrs)), v.band)
-            assert found.verdict == PASS, (op, way, case.name, found.reasons)
+    check_reference(AREA, cases=2)
 
 
 def same(op: str, way: str, fwd: Callable | None = None, bwd: Callable | None = None) -> None:
@@ -165,13 +139,6 @@ def test_frames_without_a_mistake_are_the_reference() -> None:
 
 
 # ---- wrong subjects, which share nothing with golden/bugs nor with the reference
-
-
-class Made(Store):
-    """Vectors made when they are asked for."""
-
-    def get(self, op: Op, case: Case, direction: str, precision: Any) -> Vector:
-        return vector(op.name, case.name, direction, precision.name)
 
 
 def sigmoid(x: Array) -> Array:
@@ -364,11 +331,7 @@ WRONG = [
 @pytest.mark.parametrize(("bug", "op", "way", "subject"), [pytest.param(*w, id=w[0]) for w in WRONG])
 def test_a_wrong_subject_fails_and_is_told_why(bug: str, op: str, way: str, subject: Callable) -> None:
     """A subject with the bug fails, and its own bug is the first that is named."""
-    with np.errstate(all="ignore"):
-        report = verify(subject, op=op, direction=way, precision="fp32", store=Made())
-    assert report.verdict == FAIL, str(report)
-    (group,) = report.groups()
-    assert [e.id for e, _ in report.explanations(group) if "=" not in e.id][:1] == [bug], str(report)
+    check_told(bug, op, way, subject)
 
 
 LAYERS = {
@@ -382,12 +345,8 @@ LAYERS = {
 def test_a_wrong_layer_fails_and_is_told_why(bug: str) -> None:
     """Its own bug is the first that is named. Asked of one token: each explanation of a decision costs many runs of the whole layer."""
     v = vector("moe.layer", "one", "forward", "fp32")
-    question = Question(v.op, "forward", v.inputs, v.case.attrs, v.precision)
     y, idx = LAYERS[bug](**v.inputs, **{**v.op.defaults, **v.case.attrs})
-    returned = {"y": Returned(y, "float32"), "topk_idx": Returned(idx, "int64")}
-    assert judge(question, returned, v.band).verdict == FAIL
-    with np.errstate(all="ignore"):
-        assert [e.id for e in explain(question, returned) if "=" not in e.id][:1] == [bug]
+    assert named(v, {"y": Returned(y, "float32"), "topk_idx": Returned(idx, "int64")})[:1] == [bug]
 
 
 def test_the_layer_of_these_subjects_is_right_without_its_mistake() -> None:

@@ -387,7 +387,7 @@ def rope(**changes: Any) -> Any:
         (rope, {"x": np.ones((2, 1, 3), np.float32)}, "r is 3"),
         (rope, {"x": np.ones((2, 1, 4), np.float16)}, "x is a float16"),
         (rope, {"positions": np.array([0, 2**26])}, r"positions\[1\] is 67108864"),
-        (rope, {"positions": np.array([0])}, "positions is of shape"),
+        (rope, {"positions": np.array([0])}, r"positions has shape \(1,\); expected n = 2"),
         (rope, {"positions": np.array([0.0, 1.0])}, "positions is a float64"),
         (rope, {"layout_out": "halves"}, "layout_out is 'halves'"),
         (rope, {"cos_sin": "bf16"}, "cos_sin"),

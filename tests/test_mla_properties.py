@@ -9,29 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from float64 import FP64, Arrays, drawn, near
 from hypothesis import given
 from hypothesis import strategies as st
-from leadline.golden.band import DEVIATIONS, SLACK, band_of
-from leadline.golden.draw import draw_case
-from leadline.golden.precision import PRECISIONS
+from leadline.golden.band import band_of
 from leadline.ref import OPS, attention_fwd, cache_append_fwd, cache_read_fwd, mla_decode_fwd
 from leadline.ref.mla_cache import LAYOUTS
 from leadline.ref.op import Op
 
-FP64 = PRECISIONS["fp64"]
 FORMS = ["mla.prefill", "mla.absorb"]
-Arrays = dict[str, np.ndarray]
-
-
-def drawn(name: str, case: str, way: str = "forward", seed: int = 0) -> tuple[Op, Arrays, dict[str, Any]]:
-    op = OPS[name]
-    chosen = next(c for c in op.cases if c.name == case)
-    return op, draw_case(op, chosen, way, FP64, seed), dict(chosen.attrs)
-
-
-def same(got: np.ndarray, want: np.ndarray, sigma: np.ndarray) -> bool:
-    """Two correct evaluations in float64, each within SLACK·6 σ of the truth."""
-    return got.shape == want.shape and bool(np.all(np.abs(got - want) <= 2 * SLACK * DEVIATIONS * sigma))
 
 
 # ---- chunks, packed rows, pages
@@ -79,7 +65,7 @@ def test_chunked_equals_whole(name: str, cuts: list[int], seed: int) -> None:
     for way in ("forward", "backward"):
         band = band_of(op, way, inputs, attrs, FP64)
         for output, truth in band.truth.items():
-            assert same(chunked[output], truth, band.sigma[output] * (len(cuts) + 1)), output  # so many partial sums of dweight
+            assert near(chunked[output], truth, band.sigma[output] * (len(cuts) + 1)), output  # so many partial sums of dweight
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -87,8 +73,8 @@ def test_chunked_check_kills(name: str) -> None:
     """Positions that begin at 0 in every chunk (the cache's offset forgotten) change y."""
     op, inputs, attrs = drawn(name, "v3")
     band = band_of(op, "forward", inputs, attrs, FP64)
-    assert same(in_chunks(op, inputs, attrs, [2])["y"], band.truth["y"], band.sigma["y"] * 2)
-    assert not same(in_chunks(op, inputs, attrs, [2], restart=True)["k_pe"], band.truth["k_pe"], band.sigma["k_pe"] * 2)
+    assert near(in_chunks(op, inputs, attrs, [2])["y"], band.truth["y"], band.sigma["y"] * 2)
+    assert not near(in_chunks(op, inputs, attrs, [2], restart=True)["k_pe"], band.truth["k_pe"], band.sigma["k_pe"] * 2)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -105,8 +91,8 @@ def test_packed_rows_equal_each_sequence_alone(name: str) -> None:
             "positions": inputs["positions"][:, a:b],
         }
         for output, y in op.run("forward", alone, attrs).items():
-            assert same(y, band.truth[output][:, a:b], band.sigma[output][:, a:b]), output
-        assert same(joined[:, a:b], band.truth["y"][:, a:b], band.sigma["y"][:, a:b]) == (a == 0)
+            assert near(y, band.truth[output][:, a:b], band.sigma[output][:, a:b]), output
+        assert near(joined[:, a:b], band.truth["y"][:, a:b], band.sigma["y"][:, a:b]) == (a == 0)
 
 
 def contiguous_decode(q: np.ndarray, tokens: list[np.ndarray], c: int, **attrs: Any) -> list[np.ndarray]:
@@ -238,10 +224,10 @@ def test_heads_may_come_in_any_order(name: str, order: list[int], seed: int) -> 
     op, inputs, attrs = drawn(name, "v3", seed=seed)
     band = band_of(op, "forward", inputs, attrs, FP64)
     for output, y in op.run("forward", turned_heads(inputs, attrs, order), attrs).items():
-        assert same(y, band.truth[output], band.sigma[output]), output
+        assert near(y, band.truth[output], band.sigma[output]), output
     if order != sorted(order):
         wrong = op.run("forward", turned_heads(inputs, attrs, order, kv_split=False), attrs)["y"]
-        assert not same(wrong, band.truth["y"], band.sigma["y"])
+        assert not near(wrong, band.truth["y"], band.sigma["y"])
 
 
 def scale_twice(q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: Any = None, *, scale: float) -> Any:
@@ -280,8 +266,8 @@ def test_the_latent_keys_gradient_gathers_over_heads(name: str) -> None:
         alone.append(op.run("backward", {**inputs, "o_proj": inputs["o_proj"] * kept}, attrs))
     for output in ("dk_pe_cache", "dc_kv_cache"):
         total = np.sum([grads[output] for grads in alone], axis=0)
-        assert same(total, band.truth[output], h * band.sigma[output]), output
-        assert not same(alone[0][output], band.truth[output], h * band.sigma[output])
+        assert near(total, band.truth[output], h * band.sigma[output]), output
+        assert not near(alone[0][output], band.truth[output], h * band.sigma[output])
 
 
 # ---- sizes

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from float64 import FP64, drawn, near
 from hypothesis import given
 from hypothesis import strategies as st
-from leadline.golden.band import DEVIATIONS, SLACK, band_of
-from leadline.golden.draw import Source, draw_case
-from leadline.golden.precision import PRECISIONS
+from leadline.golden.band import band_of
+from leadline.golden.draw import Source
 from leadline.ref import (
     OPS,
     Config,
@@ -27,22 +27,8 @@ from leadline.ref import (
     router_noaux_tc_fwd,
     router_softmax_fwd,
 )
-from leadline.ref.op import Op
 
-FP64 = PRECISIONS["fp64"]
-Arrays = dict[str, np.ndarray]
 SEEDS = st.integers(0, 2**31)
-
-
-def drawn(name: str, case: str, way: str = "forward", seed: int = 0) -> tuple[Op, Arrays, dict[str, Any]]:
-    op = OPS[name]
-    chosen = next(c for c in op.cases if c.name == case)
-    return op, draw_case(op, chosen, way, FP64, seed), dict(chosen.attrs)
-
-
-def near(got: np.ndarray, want: np.ndarray, sigma: np.ndarray) -> bool:
-    """Two correct evaluations in float64, each within SLACK·6 σ of the truth."""
-    return got.shape == want.shape and bool(np.all(np.abs(got - want) <= 2 * SLACK * DEVIATIONS * sigma))
 
 
 def normal(key: str, *shape: int) -> np.ndarray:

@@ -138,6 +138,62 @@ def factor_missing(bwd: Callable) -> Callable:
     return lambda dtopk_weight, saved: bwd(dtopk_weight / saved[-1][-1], saved)
 
 
+def scaling(op: Op, bwd: Callable) -> list[Bug]:
+    """What goes wrong with routed_scaling_factor."""
+    return [
+        Bug(
+            "routed-scale-missing",
+            (op.name,),
+            "routed_scaling_factor is not applied.",
+            "sgl-project/sglang#8511, #8364, #12998; vllm-project/vllm#23123",
+            fwd=changed(op, unscaled),
+            bwd=factor_missing(bwd),
+        ),
+        Bug(
+            "norm-xor-scale",
+            (op.name,),
+            "Weights are normalised or scaled, not both.",
+            "InternLM/lmdeploy#3263",
+            fwd=changed(op, normed_or_scaled),
+        ),
+        Bug(
+            "scale-only-if-renorm",
+            (op.name,),
+            "The scaling is nested in the normalisation.",
+            "sgl-project/sglang-jax#1282; sgl-project/sglang#31449",
+            fwd=changed(op, scaled_if_normed),
+        ),
+    ]
+
+
+def narrow_logits(op: Op) -> Bug:
+    return Bug(
+        "router-logits-bf16",
+        (op.name,),
+        "Logits are rounded to bfloat16 before the scores.",
+        "vllm-project/vllm#14027, #58076; sgl-project/sglang#34861, #35992; deepseek-ai/DeepSeek-V3#696",
+        fwd=logits_bf16(op.fwd),
+    )
+
+
+def gate_gradient(op: Op, bwd: Callable) -> list[Bug]:
+    """What goes wrong in the backward of the chosen weights."""
+    return [
+        Bug(
+            "gate-grad-through-norm-dropped",
+            (op.name,),
+            "The normaliser is taken for a constant in the backward.",
+            bwd=denominator_constant(bwd),
+        ),
+        Bug(
+            "gate-grad-bias-or-masked-experts",
+            (op.name,),
+            "Experts that were not chosen receive a gradient.",
+            bwd=leaks_to_unselected(bwd),
+        ),
+    ]
+
+
 ROUTER = ("router.noaux_tc",)
 SGLANG = "https://github.com/deepseek-ai/DeepSeek-V3 inference/model.py before 1398800"
 UNWRITTEN = (
@@ -194,28 +250,7 @@ BUGS = [
         "pytorch/torchtitan#1448, #1419",
         attrs={"norm_topk_prob": False},
     ),
-    Bug(
-        "routed-scale-missing",
-        ROUTER,
-        "routed_scaling_factor is not applied.",
-        "sgl-project/sglang#8511, #8364, #12998; vllm-project/vllm#23123",
-        fwd=changed(router_noaux_tc, unscaled),
-        bwd=factor_missing(router_noaux_tc_bwd),
-    ),
-    Bug(
-        "norm-xor-scale",
-        ROUTER,
-        "Weights are normalised or scaled, not both.",
-        "InternLM/lmdeploy#3263",
-        fwd=changed(router_noaux_tc, normed_or_scaled),
-    ),
-    Bug(
-        "scale-only-if-renorm",
-        ROUTER,
-        "The scaling is nested in the normalisation.",
-        "sgl-project/sglang-jax#1282; sgl-project/sglang#31449",
-        fwd=changed(router_noaux_tc, scaled_if_normed),
-    ),
+    *scaling(router_noaux_tc, router_noaux_tc_bwd),
     Bug(
         "norm-eps-missing",
         ROUTER,
@@ -224,13 +259,7 @@ BUGS = [
         attrs={"denominator_eps": 0.0},
         benign=True,
     ),
-    Bug(
-        "router-logits-bf16",
-        ROUTER,
-        "Logits are rounded to bfloat16 before the scores.",
-        "vllm-project/vllm#14027, #58076; sgl-project/sglang#34861, #35992; deepseek-ai/DeepSeek-V3#696",
-        fwd=logits_bf16(router_noaux_tc_fwd),
-    ),
+    narrow_logits(router_noaux_tc),
     Bug(
         "correction-bias-bf16",
         ROUTER,
@@ -253,18 +282,7 @@ BUGS = [
         fwd=highest_index_wins,
         benign=True,
     ),
-    Bug(
-        "gate-grad-through-norm-dropped",
-        ROUTER,
-        "The normaliser is taken for a constant in the backward.",
-        bwd=denominator_constant(router_noaux_tc_bwd),
-    ),
-    Bug(
-        "gate-grad-bias-or-masked-experts",
-        ROUTER,
-        "Experts that were not chosen receive a gradient.",
-        bwd=leaks_to_unselected(router_noaux_tc_bwd),
-    ),
+    *gate_gradient(router_noaux_tc, router_noaux_tc_bwd),
     Bug(
         "gate-grad-score-slope-missing",
         (*ROUTER, "router.softmax"),

@@ -8,21 +8,7 @@ from ...ref.router_softmax import router_softmax, router_softmax_bwd, router_sof
 from ...ref.selection import weigh, weigh_bwd
 from ...ref.xp import Array, xp_of
 from . import Bug
-from .router import (
-    Result,
-    Score,
-    best,
-    changed,
-    choice,
-    denominator_constant,
-    factor_missing,
-    leaks_to_unselected,
-    logits_bf16,
-    normed_or_scaled,
-    scaled_if_normed,
-    two_best,
-    unscaled,
-)
+from .router import Result, Score, best, choice, gate_gradient, narrow_logits, scaling, two_best
 
 
 def _options(attrs: Mapping[str, Any]) -> dict:
@@ -72,47 +58,9 @@ def one_is_constant(dtopk_weight: Array, saved: tuple) -> Array:
 
 V2 = ("router.softmax",)
 BUGS = [
-    Bug(
-        "routed-scale-missing",
-        V2,
-        "routed_scaling_factor is not applied.",
-        "sgl-project/sglang#8511, #8364, #12998; vllm-project/vllm#23123",
-        fwd=changed(router_softmax, unscaled),
-        bwd=factor_missing(router_softmax_bwd),
-    ),
-    Bug(
-        "norm-xor-scale",
-        V2,
-        "Weights are normalised or scaled, not both.",
-        "InternLM/lmdeploy#3263",
-        fwd=changed(router_softmax, normed_or_scaled),
-    ),
-    Bug(
-        "scale-only-if-renorm",
-        V2,
-        "The scaling is nested in the normalisation.",
-        "sgl-project/sglang-jax#1282; sgl-project/sglang#31449",
-        fwd=changed(router_softmax, scaled_if_normed),
-    ),
-    Bug(
-        "router-logits-bf16",
-        V2,
-        "Logits are rounded to bfloat16 before the scores.",
-        "vllm-project/vllm#14027, #58076; sgl-project/sglang#34861, #35992; deepseek-ai/DeepSeek-V3#696",
-        fwd=logits_bf16(router_softmax_fwd),
-    ),
-    Bug(
-        "gate-grad-through-norm-dropped",
-        V2,
-        "The normaliser is taken for a constant in the backward.",
-        bwd=denominator_constant(router_softmax_bwd),
-    ),
-    Bug(
-        "gate-grad-bias-or-masked-experts",
-        V2,
-        "Experts that were not chosen receive a gradient.",
-        bwd=leaks_to_unselected(router_softmax_bwd),
-    ),
+    *scaling(router_softmax, router_softmax_bwd),
+    narrow_logits(router_softmax),
+    *gate_gradient(router_softmax, router_softmax_bwd),
     Bug(
         "group-score-top2",
         V2,

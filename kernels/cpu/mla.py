@@ -26,17 +26,6 @@ from .rotary import positions_of, tables, yarn_of
 Array = NDArray[Any]
 GROUP = 32  # heads that go from projection to o together, where no backward follows: their activations stay in the cache
 SIZES = ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-YARN = (
-    "theta",
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "yarn_gating",
-    "max_position",
-)
 
 
 def _segments(op: str, b: int, s: int, t: int, cu_seqlens: Array | None) -> list[tuple[slice, slice]]:
@@ -62,8 +51,8 @@ def _checked(form: Form, direction: str, arrays: dict[str, Any], attrs: dict[str
 def _setting(arrays: dict[str, Any], a: dict[str, Any], op: str) -> Setting:
     x = arrays["x"]
     h, dn, r, dv = (int(a[name]) for name in SIZES)
-    yarn = yarn_of(op, r, **{name: a[name] for name in YARN})
-    turns = tables(positions_of(op, arrays["positions"].ravel(), x.shape[0] * x.shape[1]), r, yarn, x.dtype)
+    yarn = yarn_of(op, r, a)
+    turns = tables(positions_of(op, arrays["positions"].ravel()), r, yarn, x.dtype)
     layouts = a["rope_layout_in"], a["rope_layout_out"]
     return Setting((h, dn, r, dv), int(a["kv_lora_rank"]), float(a["rms_norm_eps"]), layouts, turns, yarn.softmax_scale(dn + r))
 

@@ -1,7 +1,7 @@
 """Rotary position embedding with YaRN, forward and backward, and the frequencies it turns with."""
 
 import math
-import numbers
+from collections.abc import Mapping
 from decimal import Decimal, localcontext
 from functools import lru_cache
 from typing import Any
@@ -11,12 +11,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ...ref.yarn import PI, Yarn, exact_frequencies
-from ._common import array_of, choice, floats, need, output, run
+from ._common import need, output, run
+from ._declared import declared
 
-LAYOUTS = ("interleaved", "half")
-COS_SIN = ("float32", "stored")
-GATINGS = ("always", "beyond_original")
-INTEGERS = (np.int64, np.int32, np.int16, np.int8, np.uint64, np.uint32, np.uint16, np.uint8)
 POSITIONS = 1 << 26  # positions from here on are refused
 COST = 16  # elements of a copy that a sine and a cosine are worth, for `run`
 # 1/3!, 1/5!, ... and 1/2!, 1/4!, ...: on an eighth of a turn the first terms left out are under 2^-57
@@ -129,25 +126,15 @@ def rotate(
     return y
 
 
-def yarn_of(op: str, r: int, **parameters: Any) -> Yarn:
-    """The Yarn of the attributes, each checked: finite numbers, integers where the defaults are, ranges as Yarn.check has them."""
-    choice(op, "yarn_gating", parameters["yarn_gating"], GATINGS)
-    for name, value in parameters.items():
-        whole = isinstance(Yarn._field_defaults[name], int)
-        if name != "yarn_gating":
-            ok = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-            need(ok, op, name, repr(value), "an integer" if whole else "a finite number")
-    original = parameters["original_max_position_embeddings"]
-    need(original >= 1, op, "original_max_position_embeddings", original, "an integer >= 1")
-    yarn = Yarn(*(v if k == "yarn_gating" else type(Yarn._field_defaults[k])(v) for k, v in parameters.items()))
+def yarn_of(op: str, r: int, attrs: Mapping[str, Any]) -> Yarn:
+    """The Yarn of declared attributes, in Python's own numbers; ranges as Yarn.check has them."""
+    yarn = Yarn(*(type(default)(attrs[name]) for name, default in Yarn._field_defaults.items()))
     yarn.check(op, r)
     return yarn
 
 
-def positions_of(op: str, positions: Any, n: int) -> NDArray[np.int64]:
-    """positions[n] as int64, after checks: integers from 0 to 2^26 - 1."""
-    positions = array_of(op, "positions", positions, INTEGERS, 1)
-    need(positions.shape == (n,), op, "positions", f"of shape {positions.shape}", f"shape ({n},)")
+def positions_of(op: str, positions: NDArray[Any]) -> NDArray[np.int64]:
+    """Integer positions[n] as int64, after a check: 0 to 2^26 - 1."""
     outside = (positions < 0) | (positions >= POSITIONS)
     if outside.any():
         i = int(np.argmax(outside))
@@ -157,140 +144,55 @@ def positions_of(op: str, positions: Any, n: int) -> NDArray[np.int64]:
     return wide
 
 
-def _arguments(
-    op: str, x: Any, positions: Any, layout_in: Any, layout_out: Any, cos_sin: Any, parameters: dict[str, Any]
-) -> tuple[NDArray[Any], NDArray[np.int64], Yarn]:
-    choice(op, "layout_in", layout_in, LAYOUTS)
-    choice(op, "layout_out", layout_out, LAYOUTS)
-    choice(op, "cos_sin", cos_sin, COS_SIN)
-    x = floats(op, "x", x, 3)
-    yarn = yarn_of(op, x.shape[2], **parameters)
-    return x, positions_of(op, positions, x.shape[0]), yarn
+def _checked(
+    op: str, direction: str, arrays: dict[str, Any], attrs: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], tuple[NDArray[Any], NDArray[Any]]]:
+    """The arrays, the attributes, cos and sin"""
+    arrays, a, letters = declared("rope", direction, arrays, attrs)
+    yarn = yarn_of(op, letters["r"], a)
+    turns = tables(positions_of(op, arrays["positions"]), letters["r"], yarn, arrays["x"].dtype)
+    return arrays, a, turns
 
 
-def rope(
-    x: NDArray[Any],
-    positions: NDArray[Any],
-    *,
-    layout_in: str = "interleaved",
-    layout_out: str = "interleaved",
-    cos_sin: str = "float32",
-    theta: float = 10000.0,
-    factor: float = 1.0,
-    original_max_position_embeddings: int = 4096,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    mscale: float = 1.0,
-    mscale_all_dim: float = 1.0,
-    yarn_gating: str = "always",
-    max_position: int = 163840,
-    out: NDArray[Any] | None = None,
-) -> NDArray[Any]:
+def rope(x: NDArray[Any], positions: NDArray[Any], *, out: NDArray[Any] | None = None, **attrs: Any) -> NDArray[Any]:
     """y[n,h,:] = amplitude (a cos - b sin, a sin + b cos),  angle[n,i] = positions[n] f[i],  (a, b) the i-th pair of x[n,h,:].
 
-    x[n,h,r] is float32 or float64, and so is y; positions[n] are integers from 0 to 2^26 - 1. Pairs are read in layout_in and written
-    in layout_out: "interleaved" (x[2i], x[2i+1]) or "half" (x[i], x[i+r/2]). The rest are YaRN's parameters (`rope_frequencies`). cos and
-    sin come from exact angles and are rounded to x's dtype once; cos_sin ("float32", "stored") says where a 16-bit implementation rounds
-    them and changes nothing here. `out` receives the result.
+    x[n,h,r] is float32 or float64, and so is y; positions[n] are integers from 0 to 2^26 - 1. Attributes are those of the reference's
+    rope, with its defaults. Pairs are read in layout_in and written in layout_out: "interleaved" (x[2i], x[2i+1]) or "half" (x[i],
+    x[i+r/2]). cos and sin come from exact angles (`rope_frequencies`) and are rounded to x's dtype once; cos_sin ("float32", "stored")
+    says where a 16-bit implementation rounds them and changes nothing here. `out` receives the result.
 
     ValueError: dtypes or shapes do not fit, r is odd, a position is outside, an attribute has no such value, an out that does not fit.
     """
-    parameters = {
-        "theta": theta,
-        "factor": factor,
-        "original_max_position_embeddings": original_max_position_embeddings,
-        "beta_fast": beta_fast,
-        "beta_slow": beta_slow,
-        "mscale": mscale,
-        "mscale_all_dim": mscale_all_dim,
-        "yarn_gating": yarn_gating,
-        "max_position": max_position,
-    }
-    x, positions, yarn = _arguments("rope", x, positions, layout_in, layout_out, cos_sin, parameters)
+    arrays, a, turns = _checked("rope", "forward", {"x": x, "positions": positions}, attrs)
+    x = arrays["x"]
     y = output("rope", "out", out, x.shape, x.dtype, x)
-    return rotate(x, *tables(positions, x.shape[2], yarn, x.dtype), layout_in, layout_out, y)
+    return rotate(x, *turns, a["layout_in"], a["layout_out"], y)
 
 
-def rope_bwd(
-    x: NDArray[Any],
-    positions: NDArray[Any],
-    dy: NDArray[Any],
-    *,
-    layout_in: str = "interleaved",
-    layout_out: str = "interleaved",
-    cos_sin: str = "float32",
-    theta: float = 10000.0,
-    factor: float = 1.0,
-    original_max_position_embeddings: int = 4096,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    mscale: float = 1.0,
-    mscale_all_dim: float = 1.0,
-    yarn_gating: str = "always",
-    max_position: int = 163840,
-    out: NDArray[Any] | None = None,
-) -> NDArray[Any]:
+def rope_bwd(x: NDArray[Any], positions: NDArray[Any], dy: NDArray[Any], *, out: NDArray[Any] | None = None, **attrs: Any) -> NDArray[Any]:
     """dx[n,h,:] = amplitude (da cos + db sin, db cos - da sin),  (da, db) the i-th pair of dy[n,h,:]: the rotation by minus the angle.
 
     Pairs are read in layout_out and written in layout_in. Only the shape and dtype of x count; dy must have both. Attributes, `out`
     and errors as rope.
     """
-    op = "rope_bwd"
-    parameters = {
-        "theta": theta,
-        "factor": factor,
-        "original_max_position_embeddings": original_max_position_embeddings,
-        "beta_fast": beta_fast,
-        "beta_slow": beta_slow,
-        "mscale": mscale,
-        "mscale_all_dim": mscale_all_dim,
-        "yarn_gating": yarn_gating,
-        "max_position": max_position,
-    }
-    dy = floats(op, "dy", dy, 3)
-    x, positions, yarn = _arguments(op, x, positions, layout_in, layout_out, cos_sin, parameters)
-    need(dy.shape == x.shape and dy.dtype == x.dtype, op, "dy", f"{dy.dtype}{list(dy.shape)}", f"{x.dtype}{list(x.shape)} like x")
-    dx = output(op, "out", out, x.shape, x.dtype, x, dy)
-    return rotate(dy, *tables(positions, x.shape[2], yarn, x.dtype), layout_out, layout_in, dx, back=True)
+    arrays, a, turns = _checked("rope_bwd", "backward", {"x": x, "positions": positions, "dy": dy}, attrs)
+    x, dy = arrays["x"], arrays["dy"]
+    dx = output("rope_bwd", "out", out, x.shape, x.dtype, x, dy)
+    return rotate(dy, *turns, a["layout_out"], a["layout_in"], dx, back=True)
 
 
-def rope_frequencies(
-    like: NDArray[Any],
-    *,
-    r: int = 64,
-    theta: float = 10000.0,
-    factor: float = 1.0,
-    original_max_position_embeddings: int = 4096,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    mscale: float = 1.0,
-    mscale_all_dim: float = 1.0,
-    yarn_gating: str = "always",
-    max_position: int = 163840,
-) -> tuple[NDArray[Any], NDArray[Any]]:
+def rope_frequencies(like: NDArray[Any], **attrs: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     """inv_freq[i] = f_i (ramp_i/factor + 1 - ramp_i),  f_i = theta^(-2i/r),  ramp_i = clip((i - low)/(high - low), 0, 1).
 
     inv_freq[r/2] in radians a position, and amplitude[] = m(mscale)/m(mscale_all_dim), m(k) = 0.1 k ln(factor) + 1, which multiplies cos
     and sin; in the dtype of like[] (float32 or float64), rounded once from 50 digits. low and high are the indices whose waves turn
     beta_fast and beta_slow times within original_max_position_embeddings, rounded outward; yarn_gating="beyond_original" leaves YaRN out
-    where max_position does not exceed that.
+    where max_position does not exceed that. Attributes are those of the reference's rope.frequencies, with its defaults.
 
     ValueError: r is odd or no integer, an attribute has no such value, like is no 0-dimensional float array.
     """
-    op = "rope_frequencies"
-    like = floats(op, "like", like, 0)
-    need(isinstance(r, numbers.Integral) and not isinstance(r, bool), op, "r", repr(r), "an even integer >= 2")
-    yarn = yarn_of(
-        op,
-        int(r),
-        theta=theta,
-        factor=factor,
-        original_max_position_embeddings=original_max_position_embeddings,
-        beta_fast=beta_fast,
-        beta_slow=beta_slow,
-        mscale=mscale,
-        mscale_all_dim=mscale_all_dim,
-        yarn_gating=yarn_gating,
-        max_position=max_position,
-    )
-    return np.array([float(f) for f in exact_frequencies(int(r), yarn)], like.dtype), np.array(yarn.amplitude, like.dtype)
+    arrays, a, _ = declared("rope.frequencies", "forward", {"like": like}, attrs)
+    r, dtype = int(a["r"]), arrays["like"].dtype
+    yarn = yarn_of("rope_frequencies", r, a)
+    return np.array([float(f) for f in exact_frequencies(r, yarn)], dtype), np.array(yarn.amplitude, dtype)
