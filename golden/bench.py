@@ -12,8 +12,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Bench:
     direction: str = "forward"
     flops: int = 0
     products: tuple[tuple[int, int, int], ...] = ()  # sizes at which the product's rate is measured, besides the square one
+    shares: Mapping[str, float] = field(default_factory=dict)  # of the work, for a peer so slow that it is given only a part
 
 
 def normal(shape: tuple[int, ...]) -> np.ndarray:
@@ -196,6 +197,10 @@ BENCHES: dict[str, Callable[[], Iterator[Bench]]] = {
     "attention": beside("bench_mla", "attention"),
     "cache.append": beside("bench_decode", "append"),
     "cache.read": beside("bench_decode", "read"),
+    "fp8.dequantize_block": beside("bench_fp8", "dequantize_block"),
+    "fp8.gemm": beside("bench_fp8", "gemm"),
+    "fp8.linear": beside("bench_fp8", "linear"),
+    "fp8.quantize_block": beside("bench_fp8", "quantize_block"),
     "fp8.quantize_tile": quantize_tile,
     "mla.absorb": beside("bench_decode", "decode_step"),
     "mla.decode": beside("bench_decode", "decode"),
@@ -220,6 +225,7 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
     if bench.flops:
         seconds["sgemm"] = min(bench.flops / product.flops * seconds[name] for name, product in products.items())
     bound = "sgemm" if bench.flops else "memory copy"
+    seconds |= {peer: seconds[peer] / share for peer, share in bench.shares.items() if peer in bench.peers}
     ours, floor = seconds["kernels.cpu"], seconds[bound]
     for peer in (*bench.peers, bound):
         yield {

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ..ref.cast import decode, round_to
+from ..ref.cast import decode, encode, round_to
 from ..ref.formats import BF16, FORMATS, FP64, Format
 from ..ref.mla_cache import cache_append_fwd
 from ..ref.op import Case, Op, Tensor
@@ -65,6 +65,7 @@ def boundary(source: Source, shape: tuple[int, ...], fmt: Format, io: Format) ->
     points = np.concatenate([points, points + ulp(io, points), points - ulp(io, points)])
     tiny, top = 2.0 ** (io.emin - io.mantissa_bits), min(io.max, 2.0**127)
     specials = np.array([0.0, np.inf, np.nan, tiny, 3 * tiny, top, top / 3, fmt.max * 1.5, fmt.max * 2])
+    specials = specials[~np.isnan(specials) | (fmt.nan_code is not None)]
     points = np.concatenate([specials, -specials, points, -points])[:n]
     return np.concatenate([points, wide(source, (n - len(points),), -40, 20)])
 
@@ -173,12 +174,27 @@ def experts(source: Source, shape: tuple[int, ...], count: int) -> np.ndarray:
     return np.argsort(source.words(rows * count).reshape(rows, count), axis=1)[:, : shape[-1]].reshape(shape)
 
 
+def gaussian_codes(source: Source, shape: tuple[int, ...], scale: float) -> np.ndarray:
+    """E4M3 codes of normal numbers: at scale 100 every binade is met and some saturate"""
+    return encode(FORMATS["e4m3fn"], source.normal(shape, scale), overflow="saturate")
+
+
+def subnormal_codes(source: Source, shape: tuple[int, ...]) -> np.ndarray:
+    """E4M3 codes: most subnormal, zeros of both signs, one in 16 of the largest"""
+    small = source.integers(shape, 0, 10)
+    code = np.where(source.integers(shape, 0, 16) == 0, 0x7E - small, small)
+    return code + 128 * source.integers(shape, 0, 2)
+
+
 INTEGERS: dict[str, Draw] = {
     "ascending": ascending,
     "positions": lambda source, shape, *values: np.resize(np.array(values), shape),
     "integers": Source.integers,
     "latent_cache": latent_cache,
     "experts": experts,
+    "gaussian_codes": gaussian_codes,
+    "positive_codes": lambda source, shape, scale: gaussian_codes(source, shape, scale) & 0x7F,
+    "subnormal_codes": subnormal_codes,
     "stale_cache": stale_cache,
     "pages": lambda source, shape, count: np.argsort(source.words(count))[: int(np.prod(shape))].reshape(shape),
 }
@@ -187,6 +203,7 @@ DRAWS: dict[str, Draw] = {
     "normal": Source.normal,
     "uniform": Source.uniform,
     "const": lambda source, shape, value: np.full(shape, value),
+    "scales": lambda source, shape, low, high: np.abs(wide(source, shape, low, high)),
     "steps": lambda source, shape, count, step: source.integers(shape, -count, count + 1) * step,
     "whole": lambda source, shape, low, high: source.integers(shape, low, high).astype(np.float64),
     "values": lambda source, shape, *values: np.resize(np.array(values, dtype=np.float64), shape),
@@ -208,6 +225,8 @@ def draw(op: Op, tensor: Tensor, spec: tuple, shape: tuple[int, ...], source: So
     fmt = FORMATS.get(op.name.rsplit(".", 1)[-1], FORMATS["e4m3fn"])
     if kind in INTEGERS:
         return INTEGERS[kind](source, shape, *parameters).astype(fmt.code_dtype if tensor.kind == "code" else np.int64)
+    if kind == "words":
+        return (source.words(int(np.prod(shape))) >> np.uint64(64 - parameters[0])).astype(f"uint{parameters[0]}").reshape(shape)
     if kind == "codes":
         return (np.arange(int(np.prod(shape))) % 2**fmt.bits).astype(fmt.code_dtype).reshape(shape)
     if kind == "every_bf16":

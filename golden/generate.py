@@ -80,9 +80,9 @@ def bless(vector: Vector, oracle: Oracle) -> None:
 
 
 def near(a: np.ndarray, b: np.ndarray, tolerance: np.ndarray) -> bool:
-    """Equal (infinities too), or no further apart than the tolerance."""
+    """Equal (infinities and NaN too), or no further apart than the tolerance."""
     with np.errstate(invalid="ignore"):
-        return bool(np.all((a == b) | (np.abs(a - b) <= tolerance)))
+        return bool(np.all((a == b) | (np.isnan(a) & np.isnan(b)) | (np.abs(a - b) <= tolerance)))
 
 
 def caught(vector: Vector) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..ref.cast import round_to
+from ..ref.cast import decode, round_to
 from ..ref.formats import FORMATS, Format
 from ..ref.op import Op, Tensor, bind
 from .band import DEVIATIONS, SLACK, Arrays, Band, band_of, carrier, floor_of, in_sigma, reach, scatter, statistics
@@ -35,6 +35,8 @@ class Judgement:
     ambiguous: int = 0  # decisions that rounding could have turned, and did
     statistics: dict[str, dict[str, float]] = field(default_factory=dict)
     limits: dict[str, dict[str, float]] = field(default_factory=dict)
+    band: Band | None = None  # what was judged by: the band of the subject's own decision; None if nothing could be compared
+    judged: Arrays = field(default_factory=dict)  # which elements were
 
     def fail(self, reason: str) -> None:
         self.verdict = FAIL
@@ -76,15 +78,23 @@ def judge(question: Question, returned: Mapping[str, Returned], band: Band) -> J
         rows = next(t for t in op.outputs if t.name == op.choice[0]).dims[0]
         for tensor in tensors:  # a weight's gradient gathers from all rows: one that may turn leaves it open
             judged[tensor.name][unstable if tensor.dims[0] == rows else np.any(unstable)] = False
+    judgement.band, judgement.judged = band, judged
     for tensor in tensors:
         if op.choice and tensor.name == op.choice[0]:
             continue
         if tensor.kind == "real":
             _real(tensor.name, values[tensor.name], band, judged[tensor.name], precision, judgement)
         else:
-            fmt = FORMATS.get(question.attrs.get("format") or op.defaults.get("format") or op.name.rsplit(".", 1)[-1])
-            _exact(tensor, values[tensor.name], band.truth[tensor.name], fmt, judgement)
+            _exact(tensor, values[tensor.name], band.truth[tensor.name], code_format(question), judgement)
     return judgement
+
+
+def code_format(question: Question) -> Format | None:
+    """What the op's codes mean; None where bits are moved, whatever they mean."""
+    op = question.op
+    if op.name.startswith(("pack.", "unpack.")):
+        return None
+    return FORMATS.get(question.attrs.get("format") or op.defaults.get("format") or op.name.rsplit(".", 1)[-1])
 
 
 def t_shape(band: Band, tensor: Tensor) -> tuple[int, ...]:
@@ -122,13 +132,13 @@ def _choice(question: Question, values: Arrays, band: Band, judgement: Judgement
     if not differs.any():
         order = tensor.kind == "index" and not np.array_equal(got, expected)
         return _band(question, got) if order else band
-    legal = np.where(_in_range(got, question)[..., None], got, expected) if tensor.kind == "index" else got
-    regret, noise = _regret(question, tensor, legal, differs)
+    legal = np.where(in_range(got, question)[..., None], got, expected) if tensor.kind == "index" else got
+    regret, noise = regrets(question, tensor, legal, differs)
     finite = np.isfinite(regret)
     tie = finite & (regret == 0)
     accepted = np.where(tie, question.any_tie, finite & (regret <= SLACK * DEVIATIONS * noise))
     if tensor.kind == "index":
-        accepted &= _in_range(got, question)
+        accepted &= in_range(got, question)
     judgement.ambiguous += int(np.sum(differs & accepted))
     for where in np.argwhere(differs & ~accepted)[:1]:
         at = tuple(int(i) for i in where)
@@ -140,7 +150,7 @@ def _choice(question: Question, values: Arrays, band: Band, judgement: Judgement
     return _band(question, np.where(accepted, got, expected))
 
 
-def _regret(question: Question, tensor: Tensor, choice: np.ndarray, differs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def regrets(question: Question, tensor: Tensor, choice: np.ndarray, differs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How far the numbers behind the decision would have to move for it to be right, and the deviation that rounding gives that number.
     Only where it differs; the noise only if no place is beyond all noise (its verdict is known then)."""
     op = question.op
@@ -175,7 +185,7 @@ def _band(question: Question, choice: np.ndarray) -> Band:
     return band_of(question.op, question.direction, question.inputs, question.attrs, question.precision, choice)
 
 
-def _in_range(idx: np.ndarray, question: Question) -> np.ndarray:
+def in_range(idx: np.ndarray, question: Question) -> np.ndarray:
     """[n]: whether every chosen index stands for something"""
     tensors, _ = question.op.signature_of("forward", question.inputs)
     count = bind(question.op.name, tensors, question.inputs)["e"]  # what a choice chooses among
@@ -253,14 +263,8 @@ def _real(name: str, got: np.ndarray, band: Band, judged: np.ndarray, precision:
 
 
 def _exact(tensor: Tensor, got: np.ndarray, truth: np.ndarray, fmt: Format | None, judgement: Judgement) -> None:
-    """Bit for bit; every NaN counts as NaN."""
-    if tensor.kind == "code" and fmt is not None:
-        wrong = _one_nan(fmt, got) != _one_nan(fmt, truth)
-    elif tensor.kind == "index":
-        wrong = got != truth
-    else:
-        with np.errstate(invalid="ignore"):  # signalling NaNs
-            wrong = ~_same(got.astype(np.float64), truth.astype(np.float64))
+    """No element may differ."""
+    wrong = differing(tensor, got, truth, fmt)
     judgement.statistics[tensor.name] = {"differ": float(wrong.sum())}
     judgement.limits[tensor.name] = {"differ": 0.0}
     if wrong.any():
@@ -269,14 +273,25 @@ def _exact(tensor: Tensor, got: np.ndarray, truth: np.ndarray, fmt: Format | Non
         judgement.fail(f"{tensor.name}[{_at(at)}] is {shown[0]}; expected {shown[1]} [{int(wrong.sum())} of {wrong.size} differ]")
 
 
+def differing(tensor: Tensor, got: np.ndarray, truth: np.ndarray, fmt: Format | None) -> np.ndarray:
+    """Which elements differ, bit for bit; every NaN counts as NaN."""
+    if tensor.kind == "code" and fmt is not None:
+        return _one_nan(fmt, got) != _one_nan(fmt, truth)
+    if tensor.kind == "index":
+        return got != truth
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return ~_same(got.astype(np.float64), truth.astype(np.float64))
+
+
 def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return ((a == b) & (np.signbit(a) == np.signbit(b))) | (np.isnan(a) & np.isnan(b))
 
 
 def _one_nan(fmt: Format, codes: np.ndarray) -> np.ndarray:
     """Codes with every NaN pattern made the canonical one."""
-    last = fmt.max_code if fmt.inf_code is None else fmt.inf_code
-    return np.where(codes.astype(np.int64) % 2 ** (fmt.bits - 1) > last, fmt.nan_code, codes)
+    if fmt.nan_code is None:
+        return codes
+    return np.where(np.isnan(decode(fmt, codes)) & (codes.astype(np.int64) < 2**fmt.bits), fmt.nan_code, codes)
 
 
 def _at(index: tuple[int, ...]) -> str:

@@ -97,6 +97,9 @@ class NoisyArray(np.ndarray):
         unit = np.exp2(noise.rng.random((*x.shape[:-1], 1))) if any_unit else 1.0
         return _noisy(noise.rounded(x * unit, fmt=noise.precision.io) / unit, noise)
 
+    def __exactly__(self) -> np.ndarray:
+        return np.asarray(self)
+
     def __constant__(self, values: np.ndarray) -> "NoisyArray":
         """Numbers beside this array, in the float32 arithmetic that positions and frequencies have even in 16-bit models."""
         noise = self.noise

@@ -70,7 +70,8 @@ def questions(
     stale = any(spec[0] in ("nan_tail", "stale_cache") for spec in case.draw.values())  # NaN where nothing may look: it must not be moved
     for tensor in () if stale else declared.signature_of("forward", inputs)[0]:
         x = inputs[tensor.name]
-        if tensor.kind != "like" and x.size and x.dtype.kind == "f" and draw(st.booleans()):
+        ranged = tensor.kind == "const" and case.draw[tensor.name][0] in ("uniform", "scales")  # what is outside is refused
+        if tensor.kind != "like" and not ranged and x.size and x.dtype.kind == "f" and draw(st.booleans()):
             _disturb(draw, x, p)
     if declared.choice and direction == "backward":  # the decision that belongs to the disturbed inputs
         exact = in_float64({t.name: inputs[t.name] for t in declared.signature_of("forward", inputs)[0]})

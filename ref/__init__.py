@@ -11,8 +11,27 @@ from .cast import decode, encode, round_to
 from .config import Config
 from .eplb import eplb_fwd, nodes_touched
 from .expert_parallel import experts_over_ranks
-from .formats import BF16, E4M3FN, E5M2, FORMATS, FP16, FP32, FP64, Format
-from .fp8 import RECIPES, Recipe, dequantize_tile_fwd, quantize_tile_fwd
+from .formats import (
+    BF16,
+    E2M1,
+    E4M3FN,
+    E4M3FNUZ,
+    E5M2,
+    E5M2FNUZ,
+    E5M6,
+    E8M0,
+    FORMATS,
+    FP16,
+    FP32,
+    FP64,
+    TF32,
+    Format,
+)
+from .fp8 import dequantize_tile_fwd, quantize_tile_fwd
+from .fp8_block import dequantize_block_fwd, quantize_block_fwd
+from .fp8_gemm import fp8_gemm_fwd
+from .fp8_linear import fp8_linear_bwd, fp8_linear_fwd
+from .fp8_recipes import RECIPES, Recipe
 from .linear import linear_bwd, linear_fwd
 from .mla import mla_absorb_bwd, mla_absorb_fwd, mla_prefill_bwd, mla_prefill_fwd
 from .mla_cache import cache_append_fwd, cache_read_fwd
@@ -21,6 +40,7 @@ from .moe import moe_experts_bwd, moe_experts_fwd, moe_layer_bwd, moe_layer_fwd
 from .moe_permute import moe_permute_bwd, moe_permute_fwd, moe_unpermute_bwd, moe_unpermute_fwd
 from .norm import rmsnorm_bwd, rmsnorm_fwd
 from .op import OPS, Case, Op, op_named
+from .pack import pack_e2m1_fwd, pack_e5m6_fwd, unpack_e2m1_fwd, unpack_e5m6_fwd
 from .rope import rope_bwd, rope_fwd
 from .router import router_noaux_tc_bwd, router_noaux_tc_fwd
 from .router_softmax import router_softmax_bwd, router_softmax_fwd
@@ -30,14 +50,20 @@ from .yarn import rope_frequencies_fwd
 
 __all__ = [
     "BF16",
+    "E2M1",
     "E4M3FN",
+    "E4M3FNUZ",
     "E5M2",
+    "E5M2FNUZ",
+    "E5M6",
+    "E8M0",
     "FORMATS",
     "FP16",
     "FP32",
     "FP64",
     "OPS",
     "RECIPES",
+    "TF32",
     "Case",
     "Config",
     "Format",
@@ -55,12 +81,16 @@ __all__ = [
     "cache_append_fwd",
     "cache_read_fwd",
     "decode",
+    "dequantize_block_fwd",
     "dequantize_tile_fwd",
     "drop_tokens_bwd",
     "drop_tokens_fwd",
     "encode",
     "eplb_fwd",
     "experts_over_ranks",
+    "fp8_gemm_fwd",
+    "fp8_linear_bwd",
+    "fp8_linear_fwd",
     "linear_bwd",
     "linear_fwd",
     "mla_absorb_bwd",
@@ -79,6 +109,9 @@ __all__ = [
     "moe_unpermute_fwd",
     "nodes_touched",
     "op_named",
+    "pack_e2m1_fwd",
+    "pack_e5m6_fwd",
+    "quantize_block_fwd",
     "quantize_tile_fwd",
     "rmsnorm_bwd",
     "rmsnorm_fwd",
@@ -92,5 +125,7 @@ __all__ = [
     "router_softmax_fwd",
     "swiglu_bwd",
     "swiglu_fwd",
+    "unpack_e2m1_fwd",
+    "unpack_e5m6_fwd",
     "xp_of",
 ]

@@ -47,6 +47,13 @@ def constant(x: Array, values: Any) -> Array:
     return array if hook is None else hook(array)
 
 
+def exactly(x: Array) -> Array:
+    """x as float32, for arithmetic that every implementation does bit for bit alike (quantisation): nothing of it is simulated noise."""
+    hook = getattr(x, "__exactly__", None)
+    x = x if hook is None else hook()
+    return xp_of(x).astype(x, xp_of(x).float32)
+
+
 def clip(x: Array, low: float | None = None, high: float | None = None) -> Array:
     """min(max(x, low), high), NaN kept. array-api-compat's own clip drops what an ndarray subclass carries."""
     xp = xp_of(x)

@@ -17,7 +17,8 @@ from leadline.golden.precision import PRECISIONS
 from leadline.ref import OPS, Op
 
 Arrays = dict[str, np.ndarray]
-WITH_BACKWARD = [name for name, op in OPS.items() if op.bwd]
+STAIRCASES = ("fp8.linear",)  # casts have no derivative; the backward is a declared computation of its own: see test_fp8.py
+WITH_BACKWARD = [name for name, op in OPS.items() if op.bwd and name not in STAIRCASES]
 # A bug with a forward of its own is another function, whose backward may well be its derivative.
 WRONG = [(name, bug) for name in WITH_BACKWARD for bug in bugs_of(OPS[name], "backward") if bug.bwd and not bug.fwd]
 MUTANTS = [pytest.param(name, bug, id=f"{name}-{bug.id}") for name, bug in WRONG]

@@ -275,7 +275,7 @@ def test_cases_fit_the_signature(name: str) -> None:
                 assert {t.name: results[t.name].shape for t in known} == {t.name: t.shape(letters) for t in known}
         assert set(case.attrs) <= set(op.attrs)
         assert set(case.draw) <= {t.name for d in directions(op) for t in op.signature_of(d)[0]}
-        assert {spec[0] for spec in case.draw.values()} <= {*DRAWS, *INTEGERS, "codes", "every_bf16", "boundary"}
+        assert {spec[0] for spec in case.draw.values()} <= {*DRAWS, *INTEGERS, "codes", "words", "every_bf16", "boundary"}
         tensors = (*op.signature_of("forward", case.draw)[0], *op.outputs)
         assert {d for t in tensors for dim in t.dims for d in dim.split("/") if not d.isdigit()} <= {*case.dims, *op.attrs, "x"}
         assert set(op.vary) <= set(case.dims)

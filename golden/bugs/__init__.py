@@ -16,6 +16,9 @@ FILES = (
     "cast",
     "decode",
     "fp8",
+    "fp8_block",
+    "fp8_gemm",
+    "fp8_linear",
     "mla",
     "mla_backward",
     "mla_weights",
@@ -43,7 +46,7 @@ class Bug:
     bwd: Callable | None = None
     attrs: Mapping[str, Any] = field(default_factory=dict)
     benign: bool = False  # a convention: no failure once the subject declares it (--attr)
-    directions: tuple[str, ...] = ("forward", "backward")  # where attributes show
+    directions: tuple[str, ...] = ("forward", "backward")  # where it shows
 
     def variant(self, op: Op) -> Op:
         """The op with the bug in it."""
@@ -53,7 +56,8 @@ class Bug:
 
     def touches(self, direction: str) -> bool:
         """A wrong forward of an op that has a backward of its own is judged forward; a wrong backward backward; attributes in both."""
-        return (bool(self.attrs) and direction in self.directions) or (self.fwd if direction == "forward" else self.bwd) is not None
+        wrong = bool(self.attrs) or (self.fwd if direction == "forward" else self.bwd) is not None
+        return wrong and direction in self.directions
 
 
 def bugs_of(op: Op, direction: str) -> list[Bug]:

@@ -155,7 +155,6 @@ def _width(attrs: Given) -> int:
     return attrs["qk_nope_head_dim"] + attrs["qk_rope_head_dim"]
 
 
-UNWRITTEN = (("mla-absorb-dequant-layout", "Needs kv_b_proj as FP8 blocks with their scales; mla.absorb takes it as numbers."),)
 PERMUTED = "The rotated pairs are written as halves, as Hugging Face does: y is the same, the cached k_pe is not."
 BUGS = [
     *changed_arguments(

@@ -183,8 +183,6 @@ def filling_not_zero(dy: Array, saved: tuple) -> Pair:
 PERMUTE, UNPERMUTE = ("moe.permute",), ("moe.unpermute",)
 TITAN = "pytorch/torchtitan"
 UNWRITTEN = (
-    ("fp8-dispatch-scale-dropped", "Needs an op that sends rows to their experts in FP8: moe.permute moves rows as they are."),
-    ("ue8m0-mode-mismatch", "Needs a product of FP8 operands that is handed scales: the experts here take real numbers."),
     ("expert-gemm-large-hidden", "An index overflow of one kernel at a hidden size of 512 or more, with no other arithmetic to imitate."),
 )
 BUGS = [

@@ -7,6 +7,8 @@ from . import cast, fp8, router
 from .attention import attention, attention_bwd, attention_merge, attention_merge_bwd, attention_varlen, attention_varlen_bwd
 from .cast import decode, encode
 from .eplb import moe_eplb
+from .fp8_gemm import fp8_gemm
+from .fp8_linear import fp8_linear, fp8_linear_bwd
 from .linear import linear, linear_bwd
 from .mla import mla_absorb, mla_absorb_bwd, mla_prefill, mla_prefill_bwd
 from .mla_cache import cache_append, cache_read
@@ -14,6 +16,7 @@ from .mla_decode import mla_decode, mla_decode_fp8
 from .moe import moe_experts, moe_experts_bwd, moe_layer, moe_layer_bwd
 from .moe_permute import moe_permute, moe_permute_bwd, moe_unpermute, moe_unpermute_bwd
 from .norm import rmsnorm, rmsnorm_bwd
+from .pack import pack_e2m1, pack_e5m6, unpack_e2m1, unpack_e5m6
 from .rotary import rope, rope_bwd, rope_frequencies
 from .swiglu import swiglu, swiglu_bwd
 
@@ -30,6 +33,9 @@ __all__ = [
     "decode",
     "encode",
     "fp8",
+    "fp8_gemm",
+    "fp8_linear",
+    "fp8_linear_bwd",
     "linear",
     "linear_bwd",
     "mla_absorb",
@@ -47,6 +53,8 @@ __all__ = [
     "moe_permute_bwd",
     "moe_unpermute",
     "moe_unpermute_bwd",
+    "pack_e2m1",
+    "pack_e5m6",
     "rmsnorm",
     "rmsnorm_bwd",
     "rope",
@@ -55,4 +63,6 @@ __all__ = [
     "router",
     "swiglu",
     "swiglu_bwd",
+    "unpack_e2m1",
+    "unpack_e5m6",
 ]

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from . import attention, balance, cache, cast, decode, eplb, linear, mla, moe, norm, quantize, rope, router
+from . import attention, balance, cache, cast, decode, eplb, fp8_gemm, fp8_linear, linear, mla, moe, norm, pack, quantize, rope, router
 from .floats import CAST_FORMATS
 
 Oracle = Callable[[dict[str, np.ndarray], dict], dict[str, np.ndarray]]
@@ -16,6 +16,15 @@ Oracle = Callable[[dict[str, np.ndarray], dict], dict[str, np.ndarray]]
 ORACLES: dict[tuple[str, str], Oracle] = {
     ("fp8.quantize_tile", "forward"): quantize.quantize_tile,
     ("fp8.dequantize_tile", "forward"): quantize.dequantize_tile,
+    ("fp8.quantize_block", "forward"): quantize.quantize_block,
+    ("fp8.dequantize_block", "forward"): quantize.dequantize_block,
+    ("fp8.gemm", "forward"): fp8_gemm.gemm,
+    ("fp8.linear", "forward"): fp8_linear.forward,
+    ("fp8.linear", "backward"): fp8_linear.backward,
+    ("pack.e2m1", "forward"): pack.pack_e2m1,
+    ("unpack.e2m1", "forward"): pack.unpack_e2m1,
+    ("pack.e5m6", "forward"): pack.pack_e5m6,
+    ("unpack.e5m6", "forward"): pack.unpack_e5m6,
     ("rmsnorm", "forward"): norm.forward,
     ("rmsnorm", "backward"): norm.backward,
     ("router.noaux_tc", "forward"): router.forward,
@@ -60,6 +69,8 @@ ORACLES: dict[tuple[str, str], Oracle] = {
 }
 for _name in CAST_FORMATS:
     ORACLES[f"cast.{_name}", "forward"] = partial(cast.cast, _name)
+    if _name == "tf32":
+        continue  # a way to compute, which nothing stores
     ORACLES[f"encode.{_name}", "forward"] = partial(cast.encode, _name)
     ORACLES[f"decode.{_name}", "forward"] = partial(cast.decode, _name)
 
@@ -72,10 +83,13 @@ __all__ = [
     "cast",
     "decode",
     "eplb",
+    "fp8_gemm",
+    "fp8_linear",
     "linear",
     "mla",
     "moe",
     "norm",
+    "pack",
     "quantize",
     "rope",
     "router",

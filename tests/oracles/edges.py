@@ -32,8 +32,14 @@ def choose(name: str, value: Any, options: Any) -> Any:
     return value
 
 
+def positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return value
+
+
 def code_dtype(fmt: FloatFormat) -> type[np.unsignedinteger]:
-    return np.uint8 if fmt.bits == 8 else np.uint16
+    return np.uint8 if fmt.bits <= 8 else np.uint16 if fmt.bits <= 16 else np.uint32
 
 
 def cast_format(name: str) -> FloatFormat:
@@ -45,3 +51,14 @@ def refuse(array: np.ndarray, name: str, infinite: bool) -> None:
     for place, value in zip(np.ndindex(array.shape), array.ravel().tolist(), strict=True):
         if math.isnan(value) or (infinite and math.isinf(value)):
             raise ValueError(f"{name}{list(place)} is {value}")
+
+
+def code_list(codes: np.ndarray, fmt: FloatFormat, name: str = "codes") -> list[int]:
+    """The codes in row-major order; ValueError for another dtype or bits that the format has not."""
+    if codes.dtype != code_dtype(fmt):
+        raise ValueError(f"{name} must be {np.dtype(code_dtype(fmt))}, got {codes.dtype}")
+    values = codes.ravel().tolist()
+    for place, code in zip(np.ndindex(codes.shape), values, strict=True):
+        if code >= 1 << fmt.bits:
+            raise ValueError(f"{name}{list(place)} is {code}, more than {fmt.bits} bits")
+    return values

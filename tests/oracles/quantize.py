@@ -1,6 +1,7 @@
-"""fp8 tile quantisation, every operation one correctly rounded IEEE operation in x's dtype; shares nothing with `ref`.
+"""Quantisation in tiles and blocks, every operation one correctly rounded IEEE operation in x's dtype; shares nothing with `ref`.
 
-Equation: codes = encode(v, "saturate") with, per tile, a = max|x|, then clamp, scale s, power of two and value v as `RECIPES` tabulates.
+Equation: codes = encode(v, "saturate") with, per tile or block, a = max|x|, then clamp, scale s, power of two and value v as `RECIPES`
+tabulates.
 Dequantisation: x = decode(codes) * s, rounded once to the scale's dtype.
 """
 
@@ -14,8 +15,8 @@ import numpy as np
 from mpmath.libmp import to_rational
 
 from .cast import encode_value
-from .edges import carrier, choose, fill, refuse
-from .floats import BINARY32, CAST_FORMATS, FloatFormat, decode, divide, multiply, round_fraction
+from .edges import carrier, choose, code_dtype, code_list, fill, positive, refuse
+from .floats import BINARY32, CAST_FORMATS, ROUNDINGS, FloatFormat, decode, divide, multiply, round_fraction
 from .tape import CTX
 
 Arrays = dict[str, np.ndarray]
@@ -29,8 +30,8 @@ class Arithmetic:
     max_value: float
 
     @property
-    def floor(self) -> float:
-        return round_fraction(Fraction(1, 10_000), self.fmt)
+    def largest(self) -> float:
+        return decode(self.fmt.max_code, self.fmt)
 
     @property
     def inverse_max(self) -> float:
@@ -71,6 +72,21 @@ def power_deepgemm(ar: Arithmetic, s: float) -> float:
     return power if ar.fmt is not BINARY32 or math.isinf(power) else min(max(power, 2.0**-126), 2.0**127)
 
 
+def _ratio(ar: Arithmetic, a: float) -> float:
+    """i = MAX/a as "1 / (MAX/a)" has it: 1 for a of zero or infinity, and never more than the carrier's largest number."""
+    return 1.0 if a == 0 or math.isinf(a) else min(ar.div(ar.max_value, a), ar.largest)
+
+
+def _inverted(ar: Arithmetic, a: float) -> float:
+    return ar.div(1.0, _ratio(ar, a))
+
+
+def _inverted_power(ar: Arithmetic, a: float) -> float:
+    """1 / the largest power of two <= i"""
+    num, den = _ratio(ar, a).as_integer_ratio()  # den is a power of two
+    return ar.div(1.0, math.ldexp(1.0, num.bit_length() - den.bit_length()))
+
+
 def _divided(ar: Arithmetic, a: float) -> float:
     return ar.div(a, ar.max_value)
 
@@ -84,9 +100,10 @@ class Recipe:
     """One row of the contract's table."""
 
     scale: Step  # a -> s
-    value: str  # "x / s" | "x * (1/s)" | "x * (MAX/a)"
-    clamp: str = "a"  # what max(., 1e-4) acts on: "a" | "s" | "none"
+    value: str  # "x / s" | "x * (1/s)" | "x * (MAX/a)" | "x * i"
+    clamp: str = "a"  # what max(., floor) acts on: "a" | "s" | "none"
     power: Step | None = None
+    floor: Fraction = Fraction(1, 10_000)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -102,72 +119,124 @@ RECIPES: dict[str, Recipe] = {
     "tilekernels": Recipe(_divided, "x * (MAX/a)"),
     "tilekernels-ue8m0": Recipe(_divided, "x * (1/s)", power=power_bits),
     "flashmla": Recipe(_divided, "x / s", clamp="s", power=power_log2),
+    "te": Recipe(_inverted, "x * i", clamp="none"),
+    "te-ue8m0": Recipe(_inverted_power, "x * (1/s)", clamp="none"),
+    "mxfp4": Recipe(_multiplied, "x / s", power=power_bits, floor=6 * Fraction(1, 2**126)),
 }
+FORMATS = ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e5m6", "e2m1")
 
 
-def _quantize_values(xs: list[float], recipe: Recipe, ar: Arithmetic) -> tuple[list[float], float]:
-    """(v of every element, s) of one tile."""
-    a = max(abs(x) for x in xs)
+def quantize_values(xs: list[float], recipe: Recipe, ar: Arithmetic, given: float | None = None) -> tuple[list[float], float]:
+    """(v of every element, s) of one tile, or for the scale that is given."""
+    a, floor = max(abs(x) for x in xs), round_fraction(recipe.floor, ar.fmt)
     if recipe.clamp == "a":
-        a = max(a, ar.floor)
+        a = max(a, floor)
     s = recipe.scale(ar, a)
     if recipe.clamp == "s":
-        s = max(s, ar.floor)
+        s = max(s, floor)
     if recipe.power is not None:
         s = recipe.power(ar, s)
+    if given is not None:
+        s = given
     if recipe.value == "x / s":
         return [ar.div(x, s) for x in xs], s
-    factor = ar.div(1.0, s) if recipe.value == "x * (1/s)" else ar.div(ar.max_value, a)
+    if recipe.value == "x * (1/s)":
+        factor = ar.div(1.0, s)
+    else:
+        factor = ar.div(ar.max_value, a) if recipe.value == "x * (MAX/a)" else _ratio(ar, a)
     return [ar.mul(x, factor) for x in xs], s
 
 
-def _tiles(shape: tuple[int, ...], tile: int, axis: int) -> Iterator[tuple[tuple[int, int], list[tuple[int, int]]]]:
-    """(place in scale, places in x) of every tile; the last one along `axis` may be ragged."""
-    n, d = shape
-    for i in range(n if axis == 1 else math.ceil(n / tile)):
-        for j in range(d if axis == 0 else math.ceil(d / tile)):
-            if axis == 1:
-                yield (i, j), [(i, c) for c in range(j * tile, min(d, (j + 1) * tile))]
-            else:
-                yield (i, j), [(r, j) for r in range(i * tile, min(n, (i + 1) * tile))]
+Place = tuple[int, int]
 
 
-def _scale_shape(shape: tuple[int, ...], tile: int, axis: int) -> tuple[int, int]:
-    n, d = shape
-    return (n, math.ceil(d / tile)) if axis == 1 else (math.ceil(n / tile), d)
+@dataclass(frozen=True)
+class Grid:
+    """A matrix cut into rectangles of height x width, those at the far edges smaller."""
+
+    shape: tuple[int, ...]
+    height: int
+    width: int
+
+    @property
+    def counts(self) -> Place:
+        n, d = self.shape
+        return -(-n // self.height), -(-d // self.width)
+
+    def cells(self) -> Iterator[tuple[Place, list[Place]]]:
+        """(place in scale, places in x) of every rectangle."""
+        n, d = self.shape
+        for i, j in np.ndindex(*self.counts):
+            rows = range(i * self.height, min(n, (i + 1) * self.height))
+            yield (i, j), [(r, c) for r in rows for c in range(j * self.width, min(d, (j + 1) * self.width))]
 
 
-def _fp8(name: str) -> FloatFormat:
-    return CAST_FORMATS[choose("format", name, ("e4m3fn", "e5m2"))]
+def _tiles(shape: tuple[int, ...], at: dict[str, Any]) -> Grid:
+    tile = positive("tile", at["tile"])
+    return Grid(shape, 1, tile) if choose("axis", at["axis"], (0, 1)) == 1 else Grid(shape, tile, 1)
+
+
+def _blocks(shape: tuple[int, ...], at: dict[str, Any]) -> Grid:
+    block = positive("block", at["block"])
+    return Grid(shape, block, block)
+
+
+def _format(at: dict[str, Any]) -> FloatFormat:
+    return CAST_FORMATS[choose("format", at["format"], FORMATS)]
+
+
+def _quantize(name: str, inputs: Arrays, grid: Grid, at: dict[str, Any]) -> Arrays:
+    recipe, fmt = RECIPES[choose("recipe", at["recipe"], RECIPES)], _format(at)
+    up = ROUNDINGS[choose("rounding", at["rounding"], ("half-even", "half-zero"))]
+    x = inputs[name]
+    ar = Arithmetic(carrier(x), decode(fmt.max_code, fmt))
+    refuse(x, name, infinite=False)
+    rows = x.tolist()
+    codes, scale = np.zeros(x.shape, code_dtype(fmt)), np.zeros(grid.counts, x.dtype)
+    given = inputs.get("scale")
+    for place, cells in grid.cells():
+        own = None if given is None else float(given[place])
+        values, scale[place] = quantize_values([rows[i][j] for i, j in cells], recipe, ar, own)
+        for cell, v in zip(cells, values, strict=True):
+            codes[cell] = encode_value(v, fmt, "saturate", up)
+    return {"codes": codes, "scale": scale}
+
+
+def _dequantize(name: str, inputs: Arrays, grid: Grid, at: dict[str, Any]) -> Arrays:
+    codes, scale, fmt = inputs["codes"], inputs["scale"], _format(at)
+    values = [decode(c, fmt) for c in code_list(codes, fmt)]
+    arithmetic, scales, columns = carrier(scale), scale.tolist(), codes.shape[1]
+    if scale.shape != grid.counts:
+        raise ValueError(f"scale has shape {scale.shape}, expected {grid.counts}")
+    x = np.zeros(codes.shape, scale.dtype)
+    for (i, j), cells in grid.cells():
+        for r, c in cells:
+            x[r, c] = multiply(values[r * columns + c], scales[i][j], arithmetic)
+    return {name: x}
+
+
+QUANTIZE = {"recipe": "v3", "format": "e4m3fn", "rounding": "half-even"}
 
 
 def quantize_tile(inputs: Arrays, attrs: dict[str, Any]) -> Arrays:
     """fp8.quantize_tile: x -> codes, scale."""
-    at = fill({"recipe": "v3", "tile": 128, "axis": 1, "format": "e4m3fn"}, attrs)
-    recipe, fmt = RECIPES[choose("recipe", at["recipe"], RECIPES)], _fp8(at["format"])
-    x, tile, axis = inputs["x"], at["tile"], choose("axis", at["axis"], (0, 1))
-    ar = Arithmetic(carrier(x), decode(fmt.max_code, fmt))
-    refuse(x, "x", infinite=False)
-    rows = x.tolist()
-    codes = np.zeros(x.shape, np.uint8)
-    scale = np.zeros(_scale_shape(x.shape, tile, axis), x.dtype)
-    for place, cells in _tiles(x.shape, tile, axis):
-        values, scale[place] = _quantize_values([rows[i][j] for i, j in cells], recipe, ar)
-        for cell, v in zip(cells, values, strict=True):
-            codes[cell] = encode_value(v, fmt, "saturate")
-    return {"codes": codes, "scale": scale}
+    at = fill({**QUANTIZE, "tile": 128, "axis": 1}, attrs)
+    return _quantize("x", inputs, _tiles(inputs["x"].shape, at), at)
 
 
 def dequantize_tile(inputs: Arrays, attrs: dict[str, Any]) -> Arrays:
     """fp8.dequantize_tile: codes, scale -> x."""
     at = fill({"tile": 128, "axis": 1, "format": "e4m3fn"}, attrs)
-    codes, scale, fmt = inputs["codes"], inputs["scale"], _fp8(at["format"])
-    tile, axis = at["tile"], choose("axis", at["axis"], (0, 1))
-    arithmetic, scales, rows = carrier(scale), scale.tolist(), codes.tolist()
-    if scale.shape != _scale_shape(codes.shape, tile, axis):
-        raise ValueError(f"scale has shape {scale.shape}, expected {_scale_shape(codes.shape, tile, axis)}")
-    x = np.zeros(codes.shape, scale.dtype)
-    for (i, j), cells in _tiles(codes.shape, tile, axis):
-        for row, column in cells:
-            x[row, column] = multiply(decode(rows[row][column], fmt), scales[i][j], arithmetic)
-    return {"x": x}
+    return _dequantize("x", inputs, _tiles(inputs["codes"].shape, at), at)
+
+
+def quantize_block(inputs: Arrays, attrs: dict[str, Any]) -> Arrays:
+    """fp8.quantize_block: w -> codes, scale."""
+    at = fill({**QUANTIZE, "block": 128}, attrs)
+    return _quantize("w", inputs, _blocks(inputs["w"].shape, at), at)
+
+
+def dequantize_block(inputs: Arrays, attrs: dict[str, Any]) -> Arrays:
+    """fp8.dequantize_block: codes, scale -> w."""
+    at = fill({"block": 128, "format": "e4m3fn"}, attrs)
+    return _dequantize("w", inputs, _blocks(inputs["codes"].shape, at), at)

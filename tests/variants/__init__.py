@@ -12,6 +12,8 @@ from . import (
     cache,
     casts,
     decodes,
+    fp8,
+    fp8_gemm,
     linear,
     mla,
     mla_backward,
@@ -67,13 +69,15 @@ class Variant:
 
 def _casts() -> list[Variant]:
     found = []
-    for format in LAYOUTS:
-        for name in casts.NAMES:
+    for format in (*LAYOUTS, "e8m0"):
+        for name in casts.names(format):
             precisions = ALL if name in casts.WIDE else SINGLE
             slow = name in casts.SLOW
             found.append(Variant(name, f"cast.{format}", "forward", casts.caster(name, format), precisions, slow=slow))
-            found.append(Variant(name, f"encode.{format}", "forward", casts.encoder(name, format), precisions, slow=slow))
-        found += [Variant(name, f"decode.{format}", "forward", decodes.decoder(name, format), ALL) for name in decodes.NAMES]
+            if format != "tf32":
+                found.append(Variant(name, f"encode.{format}", "forward", casts.encoder(name, format), precisions, slow=slow))
+        if format != "tf32":
+            found += [Variant(name, f"decode.{format}", "forward", decodes.decoder(name, format), ALL) for name in decodes.names(format)]
     return found
 
 
@@ -81,9 +85,16 @@ def _named(op: str, direction: str, fns: Any, rounded: tuple[int, ...], single: 
     return [Variant(f.__name__, op, direction, f, SINGLE if single(f.__name__) else ALL, rounded) for f in fns]
 
 
-def _plain(op: str, direction: str, fns: Mapping[str, Callable], rounded: tuple[int, ...], single: tuple[str, ...] = ()) -> list[Variant]:
+def _plain(
+    op: str,
+    direction: str,
+    fns: Mapping[str, Callable],
+    rounded: tuple[int, ...],
+    single: tuple[str, ...] = (),
+    slow: tuple[str, ...] = (),
+) -> list[Variant]:
     """Variants that round their outputs and nothing else."""
-    return [Variant(name, op, direction, fn, SINGLE if name in single else ALL, rounded) for name, fn in fns.items()]
+    return [Variant(name, op, direction, fn, SINGLE if name in single else ALL, rounded, slow=name in slow) for name, fn in fns.items()]
 
 
 def _storing(op: str, direction: str, fns: Any, rounded: tuple[int, ...], precisions: Mapping[str, tuple[str, ...]]) -> list[Variant]:
@@ -95,6 +106,15 @@ VARIANTS = [
     *_casts(),
     *_named("fp8.quantize_tile", "forward", quantize.QUANTIZE, (), lambda n: n in quantize.SINGLE),
     *_named("fp8.dequantize_tile", "forward", quantize.DEQUANTIZE, (), lambda n: False),
+    *_plain("fp8.quantize_block", "forward", fp8.QUANTIZE_BLOCK, (), ("patterns",)),
+    *_plain("fp8.dequantize_block", "forward", fp8.DEQUANTIZE_BLOCK, ()),
+    *_plain("fp8.gemm", "forward", fp8_gemm.GEMM, (0,), fp8_gemm.GEMM_SINGLE, fp8_gemm.GEMM_SLOW),
+    *_plain("fp8.linear", "forward", fp8_gemm.LINEAR, (0,), fp8_gemm.LINEAR_SINGLE),
+    *_plain("fp8.linear", "backward", fp8_gemm.LINEAR_BACK, (0, 1), fp8_gemm.LINEAR_SINGLE),
+    *_plain("pack.e2m1", "forward", fp8.PACK_E2M1, ()),
+    *_plain("unpack.e2m1", "forward", fp8.UNPACK_E2M1, ()),
+    *_plain("pack.e5m6", "forward", fp8.PACK_E5M6, ()),
+    *_plain("unpack.e5m6", "forward", fp8.UNPACK_E5M6, ()),
     *_named("rmsnorm", "forward", norm.FORWARD, (0,), lambda n: n in norm.SINGLE),
     *_named("rmsnorm", "backward", norm.BACKWARD, (0, 1), lambda n: n in norm.SINGLE),
     *_named("router.noaux_tc", "forward", router.FORWARD, (1,), lambda n: n not in router.WIDE),

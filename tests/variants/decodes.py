@@ -1,18 +1,21 @@
 """decode, six ways; each is generic over the formats and gives float32."""
 
 import functools
+import math
 import struct
 
 import numpy as np
 
+from . import e8m0
 from .floats import LAYOUTS, Array, Layout
 
 
 def special(f: Layout, codes: Array, x: Array) -> Array:
     """What lies above the largest finite code: infinity and NaN."""
     magnitude = codes.astype(np.int64) & ((1 << (f.bits - 1)) - 1)
-    x = np.where((magnitude == f.beyond) & (f.name != "e4m3fn"), np.copysign(np.float32(np.inf), x), x)
-    return np.where(magnitude > (f.top if f.name == "e4m3fn" else f.beyond), np.float32(np.nan), x)
+    x = np.where((magnitude == f.beyond) & f.infinite, np.copysign(np.float32(np.inf), x), x)
+    x = np.where(magnitude > (f.beyond if f.infinite else f.top), np.float32(np.nan), x)
+    return x if f.negative_zero else np.where(codes == f.nan, np.float32(np.nan), x)
 
 
 def parts(f: Layout, codes: Array) -> tuple[Array, Array, Array]:
@@ -24,9 +27,11 @@ def parts(f: Layout, codes: Array) -> tuple[Array, Array, Array]:
 def _table(f: Layout) -> Array:
     half = 1 << (f.bits - 1)
     finite = [f.value(code) for code in range(f.top + 1)]
-    inf = [] if f.name == "e4m3fn" else [float("inf")]
-    positive = finite + inf + [float("nan")] * (half - len(finite) - len(inf))
-    return np.array(positive + [-v for v in positive], dtype=np.float32)
+    positive = (finite + [float("inf")] * f.infinite + [float("nan")] * half)[:half]
+    every = positive + [-v for v in positive]
+    if not f.negative_zero:
+        every[f.nan] = float("nan")
+    return np.array(every, dtype=np.float32)
 
 
 def table(f: Layout, codes: Array) -> Array:
@@ -54,16 +59,21 @@ def ldexp(f: Layout, codes: Array) -> Array:
 
 
 def viewed(f: Layout, codes: Array) -> Array:
-    """As another type: e5m2 is the upper half of a float16, bfloat16 that of a float32, e4m3fn a float16 with another bias."""
+    """As another type: e5m2 and e5m6 are the upper part of a float16, bfloat16 that of a float32, e4m3fn and e2m1 float16 with another
+    bias, the FNUZ formats float64 with another."""
     if f.name == "bf16":
         return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if f.name == "fp16":
         return codes.view(np.float16).astype(np.float32)
-    if f.name == "e5m2":
-        return (codes.astype(np.uint16) << np.uint16(8)).view(np.float16).astype(np.float32)
-    c = codes.astype(np.uint16)
-    half = ((c & np.uint16(0x80)) << np.uint16(8)) | ((c & np.uint16(0x7F)) << np.uint16(7))
-    return special(f, codes, half.view(np.float16).astype(np.float32) * np.float32(256))
+    if f.name in ("e5m2", "e5m6"):
+        return (codes.astype(np.uint16) << np.uint16(16 - f.bits)).view(np.float16).astype(np.float32)
+    if not f.negative_zero:
+        c = codes.astype(np.uint64)
+        body = ((c & np.uint64(0x7F)) << np.uint64(52 - f.mantissa_bits)).view(np.float64) * 2.0 ** (1023 - f.bias)
+        return special(f, codes, np.where(c >> np.uint64(7), -body, body).astype(np.float32))
+    c, top = codes.astype(np.uint16), f.bits - 1
+    half = (c >> np.uint16(top) << np.uint16(15)) | ((c & np.uint16((1 << top) - 1)) << np.uint16(10 - f.mantissa_bits))
+    return special(f, codes, half.view(np.float16).astype(np.float32) * np.float32(2.0 ** (15 - f.bias)))
 
 
 @functools.cache
@@ -90,10 +100,12 @@ def scalar(f: Layout, codes: Array) -> Array:
             return struct.unpack("<f", struct.pack("<I", code << 16))[0]
         if f.name == "e5m2":
             return struct.unpack("<e", bytes([0, code]))[0]
-        if code & 0x7F == 0x7F:
-            return float("nan")
-        field, mantissa = divmod(code & 0x7F, 8)
-        return (-1.0) ** (code >> 7) * (mantissa / 512 if field == 0 else (1 + mantissa / 8) * 2.0 ** (field - 7))
+        sign, rest = divmod(code, 1 << (f.bits - 1))
+        if rest > f.top or (code == f.nan and not f.negative_zero):
+            return math.copysign(math.inf, -sign) if f.infinite and rest == f.beyond else math.nan
+        field, mantissa = divmod(rest, 1 << f.mantissa_bits)
+        value = math.ldexp(mantissa + (field > 0) * (1 << f.mantissa_bits), max(field, 1) - f.bias - f.mantissa_bits)
+        return -value if sign else value
 
     return np.array([one(c) for c in codes.tolist()], dtype=np.float32)
 
@@ -101,8 +113,12 @@ def scalar(f: Layout, codes: Array) -> Array:
 NAMES = {"table": table, "shifted": shifted, "ldexp": ldexp, "viewed": viewed, "summed": summed, "scalar": scalar}
 
 
+def names(format: str) -> tuple[str, ...]:
+    return tuple(e8m0.DECODE if format == "e8m0" else NAMES)
+
+
 def decoder(name: str, format: str):
     def decode(codes: Array) -> Array:
-        return NAMES[name](LAYOUTS[format], codes)
+        return e8m0.DECODE[name](codes) if format == "e8m0" else NAMES[name](LAYOUTS[format], codes)
 
     return decode

@@ -1,4 +1,4 @@
-"""What the variants share: the four narrow formats as numbers, their values by pure Python, and one rounding to a 16-bit format."""
+"""What the variants share: the narrow formats as numbers, their values by pure Python, and one rounding to a 16-bit format."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Layout:
-    """A narrow format: widths of its fields, its largest finite code, the code that overflow gets, its NaN."""
+    """A narrow format with a sign: widths of its fields, its largest finite code, the code that overflow gets, its NaN."""
 
     name: str
     exponent_bits: int
@@ -19,6 +19,8 @@ class Layout:
     top: int
     beyond: int
     nan: int
+    infinite: bool = True
+    negative_zero: bool = True
 
     @property
     def bits(self) -> int:
@@ -26,7 +28,7 @@ class Layout:
 
     @property
     def dtype(self) -> type:
-        return np.uint8 if self.bits == 8 else np.uint16
+        return np.uint8 if self.bits <= 8 else np.uint16 if self.bits <= 16 else np.uint32
 
     @property
     def least(self) -> float:
@@ -43,16 +45,21 @@ class Layout:
         return self.value(self.top)
 
     def overflow(self, overflow: str | None) -> str:
-        return overflow or ("saturate" if self.bits == 8 else "nan")
+        return overflow or ("saturate" if self.bits <= 8 else "nan")
 
 
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("e4m3fn", 4, 3, 7, 0x7E, 0x7F, 0x7F),
+        Layout("e4m3fn", 4, 3, 7, 0x7E, 0x7F, 0x7F, infinite=False),
         Layout("e5m2", 5, 2, 15, 0x7B, 0x7C, 0x7E),
+        Layout("e4m3fnuz", 4, 3, 8, 0x7F, 0x80, 0x80, infinite=False, negative_zero=False),
+        Layout("e5m2fnuz", 5, 2, 16, 0x7F, 0x80, 0x80, infinite=False, negative_zero=False),
+        Layout("e2m1", 2, 1, 1, 0x7, 0x8, -1, infinite=False),  # no NaN
+        Layout("e5m6", 5, 6, 15, 0x7BF, 0x7C0, 0x7E0),
         Layout("bf16", 8, 7, 127, 0x7F7F, 0x7F80, 0x7FC0),
         Layout("fp16", 5, 10, 15, 0x7BFF, 0x7C00, 0x7E00),
+        Layout("tf32", 8, 10, 127, 0x3FBFF, 0x3FC00, 0x3FE00),
     )
 }
 

@@ -1,4 +1,4 @@
-"""fp8.quantize_tile and fp8.dequantize_tile, in ways that real kernels differ: how a tile's maximum is found, how codes are made."""
+"""fp8.quantize_tile and fp8.dequantize_tile, and of blocks: how a tile's maximum is found, how codes are made, as real kernels differ."""
 
 import math
 
@@ -8,13 +8,18 @@ from .casts import encode_by
 from .decodes import shifted, table, viewed
 from .floats import LAYOUTS, Array
 
-MAX = {"e4m3fn": 448.0, "e5m2": 57344.0}
-NOT_CLAMPED = {"v3-unclamped", "flashmla"}
-TIMES_RECIPROCAL = {"v32", "v32-ue8m0", "deepep", "deepep-ue8m0"}  # s = a·(1/M)
+MAX = {"e4m3fn": 448.0, "e5m2": 57344.0, "e4m3fnuz": 240.0, "e5m2fnuz": 57344.0, "e5m6": 65024.0, "e2m1": 6.0}
+NOT_CLAMPED = {"v3-unclamped", "flashmla", "te", "te-ue8m0"}
+TIMES_RECIPROCAL = {"v32", "v32-ue8m0", "deepep", "deepep-ue8m0", "mxfp4"}  # s = a·(1/M)
 LOG2 = {"v3-ue8m0", "flashmla"}
-BITS = {"v32-ue8m0", "deepgemm-ue8m0", "deepep-ue8m0", "tilekernels-ue8m0"}
-TIMES_INVERSE = {"deepgemm", *BITS} - {"v32-ue8m0"}  # v = x·(1/s)
+BITS = {"v32-ue8m0", "deepgemm-ue8m0", "deepep-ue8m0", "tilekernels-ue8m0", "mxfp4"}
+TIMES_INVERSE = {"deepgemm", *BITS} - {"v32-ue8m0", "mxfp4"}  # v = x·(1/s)
 TIMES_RATIO = {"deepep", "tilekernels"}  # v = x·(M/a)
+
+
+def least(recipe: str) -> float:
+    """What amax is at least"""
+    return 6 * 2.0**-126 if recipe == "mxfp4" else 0.0 if recipe in NOT_CLAMPED else 1e-4
 
 
 def up_by_frexp(s: Array) -> Array:
@@ -43,11 +48,24 @@ def up_by_wide_log2(s: Array) -> Array:
     return np.array(flat, dtype=s.dtype).reshape(s.shape)
 
 
+def transformer_engine(a: Array, recipe: str, top: float) -> tuple[Array, Array, bool]:
+    """M/a is what is found, rounded down to a power of two if need be, and the scale is its inverse."""
+    real = a.dtype.type
+    usable = (a > 0) & np.isfinite(a)
+    i = np.where(usable, np.minimum(real(top) / np.where(usable, a, real(1)), np.finfo(a.dtype).max), real(1)).astype(a.dtype)
+    if recipe == "te":
+        return real(1) / i, i, True
+    p = np.ldexp(real(1), np.frexp(i)[1] - 1).astype(a.dtype)
+    return real(1) / p, real(1) / (real(1) / p), True
+
+
 def scale_and_factor(a: Array, recipe: str, top: float, bits=up_by_frexp, log2=up_by_log2) -> tuple[Array, Array, bool]:
     """A tile's scale; what x is divided by or multiplied with; which of the two."""
+    if recipe.startswith("te"):
+        return transformer_engine(a, recipe, top)
     real = a.dtype.type
     if recipe not in NOT_CLAMPED:
-        a = np.maximum(a, real(1e-4))
+        a = np.maximum(a, real(least(recipe)))
     s = a * (real(1) / real(top)) if recipe in TIMES_RECIPROCAL else a / real(top)
     if recipe == "flashmla":
         s = np.maximum(s, real(1e-4))
@@ -57,16 +75,20 @@ def scale_and_factor(a: Array, recipe: str, top: float, bits=up_by_frexp, log2=u
     return (s, real(top) / a, True) if recipe in TIMES_RATIO else (s, s, False)
 
 
-def codes_of(x: Array, factor: Array, multiply: bool, format: str, way: str) -> Array:
+def codes_of(x: Array, factor: Array, multiply: bool, format: str, way: str, rounding: str) -> Array:
     v = x * factor if multiply else x / factor
-    return encode_by(way, LAYOUTS[format], v.ravel(), "saturate").reshape(x.shape)
+    return encoded(v, format, way, rounding)
 
 
-def looped(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn"):
+def encoded(v: Array, format: str, way: str, rounding: str) -> Array:
+    return encode_by(way, LAYOUTS[format], v.ravel(), "saturate", rounding).reshape(v.shape)
+
+
+def looped(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn", rounding: str = "half-even"):
     """Tile after tile."""
     with np.errstate(all="ignore"):
         if axis == 0:
-            return tuple(y.T for y in looped(x.T, recipe=recipe, tile=tile, format=format))
+            return tuple(y.T for y in looped(x.T, recipe=recipe, tile=tile, format=format, rounding=rounding))
         n, d = x.shape
         scale, v = np.empty((n, -(-d // tile)), x.dtype), np.empty_like(x)
         for i in range(n):
@@ -75,29 +97,29 @@ def looped(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, form
                 s, f, multiply = scale_and_factor(np.abs(part).max(keepdims=True), recipe, MAX[format], log2=up_by_wide_log2)
                 scale[i, j] = s[0]
                 v[i, j * tile : (j + 1) * tile] = part * f if multiply else part / f
-        return encode_by("integer" if x.dtype == np.float32 else "midpoints", LAYOUTS[format], v.ravel(), "saturate").reshape(n, d), scale
+        return encoded(v, format, "integer" if x.dtype == np.float32 else "midpoints", rounding), scale
 
 
-def padded(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn"):
+def padded(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn", rounding: str = "half-even"):
     """Filled up to whole tiles, reshaped, cut again."""
     with np.errstate(all="ignore"):
         if axis == 0:
-            return tuple(y.T for y in padded(x.T, recipe=recipe, tile=tile, format=format))
+            return tuple(y.T for y in padded(x.T, recipe=recipe, tile=tile, format=format, rounding=rounding))
         n, d = x.shape
         blocks = np.pad(x, ((0, 0), (0, -d % tile))).reshape(n, -1, tile)
         s, f, multiply = scale_and_factor(np.abs(blocks).max(-1), recipe, MAX[format])
-        return codes_of(blocks, f[..., None], multiply, format, "frexp").reshape(n, -1)[:, :d], s
+        return codes_of(blocks, f[..., None], multiply, format, "frexp", rounding).reshape(n, -1)[:, :d], s
 
 
-def reduced(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn"):
+def reduced(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn", rounding: str = "half-even"):
     """np.maximum.reduceat along either axis; the scales gathered by index."""
     with np.errstate(all="ignore"):
         a = np.maximum.reduceat(np.abs(x), np.arange(0, x.shape[axis], tile), axis=axis)
         s, f, multiply = scale_and_factor(a, recipe, MAX[format])
-        return codes_of(x, np.take(f, np.arange(x.shape[axis]) // tile, axis=axis), multiply, format, "magic"), s
+        return codes_of(x, np.take(f, np.arange(x.shape[axis]) // tile, axis=axis), multiply, format, "magic", rounding), s
 
 
-def columns(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn"):
+def columns(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn", rounding: str = "half-even"):
     """A block of the tiled axis at a time; the maximum is max(max x, -min x)."""
     with np.errstate(all="ignore"):
         codes, scales = [], []
@@ -105,48 +127,54 @@ def columns(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, for
             block = np.take(x, np.arange(start, min(start + tile, x.shape[axis])), axis=axis)
             a = np.abs(np.maximum(block.max(axis=axis, keepdims=True), -block.min(axis=axis, keepdims=True)))  # -0 becomes 0
             s, f, multiply = scale_and_factor(a, recipe, MAX[format], log2=up_by_wide_log2)
-            codes.append(codes_of(block, f, multiply, format, "midpoints"))
+            codes.append(codes_of(block, f, multiply, format, "midpoints", rounding))
             scales.append(s)
         return np.concatenate(codes, axis), np.concatenate(scales, axis)
 
 
-def patterns(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn"):
+def patterns(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn", rounding: str = "half-even"):
     """float32 only, and no float64 anywhere: the maximum of bit patterns, the power of two by a carry, codes by integers and a table."""
     with np.errstate(all="ignore"):
         if axis == 0:
-            return tuple(y.T for y in patterns(np.ascontiguousarray(x.T), recipe=recipe, tile=tile, format=format))
+            return tuple(y.T for y in patterns(np.ascontiguousarray(x.T), recipe=recipe, tile=tile, format=format, rounding=rounding))
         n, d = x.shape
         bits = np.zeros((n, -(-d // tile) * tile), np.uint32)
         bits[:, :d] = x.view(np.uint32) & np.uint32(0x7FFFFFFF)
         a = np.ascontiguousarray(bits.reshape(n, -1, tile).max(-1)).view(np.float32)
         s, f, multiply = scale_and_factor(a, recipe, MAX[format], bits=up_by_bits)
-        return codes_of(x, np.repeat(f, tile, axis=1)[:, :d], multiply, format, "halfway"), s
+        return codes_of(x, np.repeat(f, tile, axis=1)[:, :d], multiply, format, "integer" if format == "e5m6" else "halfway", rounding), s
 
 
-def strided(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn"):
+def strided(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn", rounding: str = "half-even"):
     """A running maximum over the places within a tile, all tiles at once."""
     with np.errstate(all="ignore"):
         if axis == 0:
-            return tuple(y.T for y in strided(x.T, recipe=recipe, tile=tile, format=format))
+            return tuple(y.T for y in strided(x.T, recipe=recipe, tile=tile, format=format, rounding=rounding))
         a = np.zeros((x.shape[0], -(-x.shape[1] // tile)), x.dtype)
         for place in range(min(tile, x.shape[1])):
             here = np.abs(x[:, place::tile])
             a[:, : here.shape[1]] = np.where(here > a[:, : here.shape[1]], here, a[:, : here.shape[1]])
         s, f, multiply = scale_and_factor(a, recipe, MAX[format])
-        return codes_of(x, np.kron(f, np.ones(tile, x.dtype))[:, : x.shape[1]], multiply, format, "split"), s
+        return codes_of(x, np.kron(f, np.ones(tile, x.dtype))[:, : x.shape[1]], multiply, format, "split", rounding), s
 
 
-def wide(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn"):
+def wide(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format: str = "e4m3fn", rounding: str = "half-even"):
     """float32 only: every operation in float64, rounded to float32 after it (one quotient or product: as good as one rounding)."""
     single = np.float32
     with np.errstate(all="ignore"):
         if axis == 0:
-            return tuple(y.T for y in wide(x.T, recipe=recipe, tile=tile, format=format))
+            return tuple(y.T for y in wide(x.T, recipe=recipe, tile=tile, format=format, rounding=rounding))
         n, d = x.shape
         double = np.pad(x.astype(np.float64), ((0, 0), (0, -d % tile))).reshape(n, -1, tile)
         a = np.sqrt(np.max(double * double, axis=-1))  # exact: the squares are
-        if recipe not in NOT_CLAMPED:
-            a = np.maximum(a, float(single(1e-4)))
+        a = np.maximum(a, float(single(least(recipe))))
+        if recipe.startswith("te"):
+            i = np.minimum(MAX[format] / np.where((a > 0) & np.isfinite(a), a, 1), np.finfo(single).max).astype(single)
+            i = np.where((a > 0) & np.isfinite(a), i, single(1))
+            p = i if recipe == "te" else (i.view(np.uint32) & np.uint32(0x7F800000)).view(single)
+            s = (1 / p.astype(np.float64)).astype(single)
+            v = double * (p if recipe == "te" else single(1) / s).astype(np.float64)[..., None]
+            return encoded(single(v).reshape(n, -1)[:, :d], format, "integer", rounding), s
         s = a * float(single(1 / MAX[format])) if recipe in TIMES_RECIPROCAL else a / MAX[format]
         s = np.maximum(single(s), single(1e-4) if recipe == "flashmla" else single(0))
         s = up_by_bits(s) if recipe in BITS else up_by_wide_log2(s) if recipe in LOG2 else s
@@ -156,8 +184,7 @@ def wide(x: Array, *, recipe: str = "v3", tile: int = 128, axis: int = 1, format
             v = double * (MAX[format] / a).astype(single)[..., None]
         else:
             v = double / s.astype(np.float64)[..., None]
-        v = single(v).reshape(n, -1)[:, :d]
-        return encode_by("integer", LAYOUTS[format], v.ravel(), "saturate").reshape(n, d), s
+        return encoded(single(v).reshape(n, -1)[:, :d], format, "integer", rounding), s
 
 
 QUANTIZE = (looped, padded, reduced, columns, patterns, strided, wide)
