@@ -1,4 +1,4 @@
-"""The command line: ops, verify, golden generate, bench. Wrong use is one line on standard error and exit status 2."""
+"""The command line: ops, verify, golden generate, dequantize, bugs, power, bench. Wrong use: one line on standard error, exit status 2."""
 
 import inspect
 import math
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..ref.op import OPS, Case, Op, extent, op_named
 from .errors import UsageError
+from .outputs import Outputs, file_options, given, report
 from .precision import PRECISIONS
 from .vectors import DIRECTORY, Store, counted, directions
 
@@ -87,10 +88,17 @@ def op_rows() -> Iterator[list[str]]:
 
 @ops.command("show")
 @click.argument("name")
-def ops_show(name: str) -> None:
+@click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw what the op does to numbers into this file.")
+def ops_show(name: str, picture: Path | None) -> None:
     """Index equation, source, contract, cost in FLOPs and bytes of one op."""
     op = op_named(name)
     console = Console(highlight=False)
+    if picture is not None:
+        from .plot import plot
+
+        plot(op.name, picture)
+        console.print(f"{picture} written", soft_wrap=True)
+        return
     console.print(f"[bold]{op.name}[/]   {escape(op.sig)}\n", soft_wrap=True)
     console.print(escape(inspect.getdoc(op.fwd) or ""), soft_wrap=True)
     if op.bwd:
@@ -137,9 +145,12 @@ def cost(op: Op, case: Case) -> tuple[int, int]:
 @click.option("--framework", help="The arrays that a callable is handed: numpy, torch, jax, cupy.")
 @click.option("--profile", default="quick", show_default=True, help="quick or full.")
 @click.option("--seed", "seeds", multiple=True, type=int, help="Draw new inputs (repeat for more); 0 is the stored vectors.")
+@click.option("--case", "cases", multiple=True, help="One case, by its name or a pattern (repeat for more).")
 @click.option("--timeout", default=120.0, show_default=True, help="Seconds that a case may take.")
 @click.option("--vectors", type=click.Path(path_type=Path), default=DIRECTORY, help="Another directory of vectors.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on standard output instead of the table.")
+@click.option("--maps", is_flag=True, help="An error map of every case in the reports; failing cases always have theirs.")
+@file_options("html", "junit", "markdown", "jsonl")
 def verify(
     subjects: tuple[str, ...],
     names: tuple[str, ...],
@@ -150,17 +161,21 @@ def verify(
     framework: str | None,
     profile: Any,
     seeds: tuple[int, ...],
+    cases: tuple[str, ...],
     timeout: float,
     vectors: Path,
     as_json: bool,
+    maps: bool,
+    files: dict[str, Path],
 ) -> None:
     """Hold SUBJECTS (kernels.cpu by default) to the vectors.
 
     A subject is kernels.cpu, ref, torch, transformers, transformers.v2, ml_dtypes or gfloat; or your own: module, module:attr, file.py,
-    file.py:attr.
+    file.py:attr; exec:PROGRAM [ARGS], which answers JSON lines (`leadline smoke`); ctypes:LIB.so, which exports C functions.
     """
     from .report import json_header, json_result, json_total, print_table
-    from .verify import parse_attr
+    from .runs import provenance
+    from .verify import DEFAULT_PRECISIONS, parse_attr
     from .verify import verify as run
 
     chosen = [op_named(name) for name in names] or list(OPS.values())
@@ -168,6 +183,8 @@ def verify(
         "precision": precision or None,
         "direction": direction,
         "attrs": dict(parse_attr(text, chosen) for text in attrs),
+        "cases": cases or None,
+        "maps": maps,
         "profile": profile,
         "seeds": seeds or (0,),
         "framework": framework,
@@ -177,29 +194,40 @@ def verify(
     }
     started = time.perf_counter()
     reports = []
-    if as_json:
-        click.echo(json_header())
-        options["on_result"] = lambda result: click.echo(json_result(result))
-    for subject in subjects or ("kernels.cpu",):
-        with Progress(subject) as progress:
-            reports.append(run(subject, names or None, isolate=True, progress=progress, **options))
-    if as_json:
-        click.echo(json_total(reports))
-    else:
+    about = {"op": names, "precision": precision, "direction": direction, "attr": options["attrs"], "ties": ties, "framework": framework}
+    about = given(**about, seed=seeds, case=cases, vectors=None if vectors == DIRECTORY else vectors)
+    about |= given(profile=None if profile == "quick" else profile, timeout=None if timeout == 120 else timeout)
+    subjects = subjects or ("kernels.cpu",)
+    with Outputs(files, as_json) as outputs:
+        if outputs.wanted:
+            outputs.line(json_header(**provenance(subjects, chosen, precision or DEFAULT_PRECISIONS, about)))
+            options["on_result"] = lambda result: outputs.line(json_result(result))
+        for subject in subjects:
+            with Progress(subject) as progress:
+                reports.append(run(subject, names or None, isolate=True, progress=progress, **options))
+        if outputs.wanted:
+            outputs.line(json_total(reports))
+    if not as_json:
         print_table(Console(highlight=False), reports)
         click.echo(f"{time.perf_counter() - started:.1f} s")
     if any(r.exit_status for r in reports):
         sys.exit(1)
+    if outputs.failed:
+        sys.exit(2)
+
+
+main.add_command(report)
 
 
 class Progress:
     """A progress bar on a terminal's standard error; silence elsewhere."""
 
-    def __init__(self, subject: str):
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    def __init__(self, subject: str, in_bytes: bool = False):
+        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        columns = (TextColumn("{task.fields[subject]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        count = DownloadColumn() if in_bytes else MofNCompleteColumn()
+        columns = (TextColumn("{task.fields[subject]}"), BarColumn(), count, TextColumn("{task.description}"))
         console = Console(stderr=True)
         self.bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.bar.add_task("compiling" if subject == "kernels.cpu" else "loading", total=None, subject=escape(subject))
@@ -209,10 +237,23 @@ class Progress:
         return self
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        self.bar.update(self.task, completed=done, total=total, description=what)
+        self.bar.update(self.task, completed=done, total=total, description=escape(what))
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
+
+
+@main.command()
+@click.argument("subject")
+@click.option("--timeout", default=20.0, show_default=True, help="Seconds that an answer may take.")
+def smoke(subject: str, timeout: float) -> None:
+    """Say start, describe, one run of each op, and stop to SUBJECT, exec:PROGRAM [ARGS]: a line a step. For people who write one."""
+    from .report import STYLE
+    from .smoke import smoke as run
+
+    console = Console(highlight=False)
+    if not run(subject, timeout, lambda verdict, line: console.print(f"[{STYLE[verdict]}]{verdict:7}[/] {escape(line)}", soft_wrap=True)):
+        sys.exit(1)
 
 
 @main.group()
@@ -251,6 +292,66 @@ def generate(check: bool, names: tuple[str, ...], directory: Path | None) -> Non
     agreed = "blessed by the oracles" if oracles else "oracles not at hand, so not asked again"
     click.echo(f"{count} vectors {'checked' if check else 'written'} ({agreed}), {len(found)} differences")
     if found:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--dtype", default="bf16", show_default=True, help="bf16 or fp32: what the FP8 weights become.")
+def dequantize(source: Path, target: Path, dtype: str) -> None:
+    """Write the safetensors file SOURCE to TARGET with its FP8 weights (F8_E4M3 beside *_scale_inv) dequantised, all else unchanged."""
+    from .weights import dequantize_file
+
+    started = time.perf_counter()
+    try:
+        with Progress(source.name, in_bytes=True) as progress:
+            done = dequantize_file(source, target, dtype=dtype, progress=progress)
+    except OSError as error:  # no such file, no space left, ...
+        raise UsageError(str(error)) from error
+    seconds = time.perf_counter() - started
+    click.echo(f"{done.dequantized} weights to {dtype}, {done.passed} tensors unchanged, {done.bytes_written:,} bytes in {seconds:.1f} s")
+
+
+@main.group(invoke_without_command=True)
+@click.option("--op", help="The bugs of one op.")
+@click.option("--unwritten", is_flag=True, help="Only those that are not written here, with the reason.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.pass_context
+def bugs(context: click.Context, op: str | None, unwritten: bool, as_json: bool) -> None:
+    """The catalogue: every known bug, its severity, and how many stored vectors catch it or why it is not written."""
+    if context.invoked_subcommand is None:
+        from .catalogue import print_catalogue
+
+        print_catalogue(Console(highlight=False), op, unwritten, as_json)
+
+
+@bugs.command("show")
+@click.argument("id")
+def bugs_show(id: str) -> None:
+    """All that is known of one bug: what goes wrong, which inputs reveal it, which vectors catch it, the threads."""
+    from .catalogue import print_entry
+
+    print_entry(Console(highlight=False), id)
+
+
+@main.command()
+@click.option("--op", "names", multiple=True, help="One op (repeat for more); all by default.")
+@click.option("--precision", "precisions", multiple=True, help="One precision (repeat for more); fp32, bf16 and bf16-eager by default.")
+@click.option("--full", is_flag=True, help="Every bug on every case (hours); by default a fixed sample on cheap cases (minutes).")
+@click.option("--unnamed", is_flag=True, help="Do not ask what each failing output is taken for.")
+@click.option("--jobs", default=1, show_default=True, help="Processes.")
+@click.option("--resume", type=click.Path(path_type=Path, dir_okay=False), help="A file for each result; what it holds is not done again.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines on standard output instead of the tables.")
+def power(
+    names: tuple[str, ...], precisions: tuple[str, ...], full: bool, unnamed: bool, jobs: int, resume: Path | None, as_json: bool
+) -> None:
+    """The kill matrix: every known bug against Leadline's judge and the field's metrics, and whether it is named."""
+    from .power_table import run_power
+
+    with Progress("power") as progress:
+        killed = run_power(names or None, precisions or None, full, not unnamed, jobs, resume, as_json, progress)
+    if not killed:
         sys.exit(1)
 
 

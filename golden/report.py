@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .explain import Explanation
 from .judge import ERROR, FAIL, PASS, SKIPPED
 from .verify import CaseResult, Report
 
@@ -16,13 +17,14 @@ STYLE = {PASS: "green", FAIL: "bold red", ERROR: "bold magenta", SKIPPED: "dim"}
 SHOWN = 3  # failing cases that are told in full for each row of the table
 
 
+SCHEMA = "leadline.report/1"
 PACKAGES = ("leadline", "numpy", "numba", "torch", "transformers", "ml_dtypes", "gfloat")
 
 
-def json_header() -> str:
-    """The first line: what was run, in which versions."""
+def json_header(**about: Any) -> str:
+    """The first line: in which versions it was run, and what else is known of the run (golden/outputs.py)."""
     versions = {name: _version(name) for name in PACKAGES}
-    return json.dumps({"schema": "leadline.report/1", "versions": {k: v for k, v in versions.items() if v}})
+    return json.dumps({"schema": SCHEMA, "versions": {k: v for k, v in versions.items() if v}, **_finite(about)})
 
 
 def json_result(result: CaseResult) -> str:
@@ -41,9 +43,16 @@ def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become strings."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     return value
+
+
+def shown(text: str) -> str:
+    """Text for the terminal: no markup, and of what a subject prints nothing that could steer the terminal."""
+    return escape("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 def _version(name: str) -> str | None:
@@ -72,7 +81,7 @@ def print_table(console: Console, reports: list[Report]) -> None:
             else:
                 rows.setdefault((_titled(op, direction), part.verdict, subject), []).append(part)
         if several and rows:
-            table.add_row(f"[bold]{escape(report.results[0].subject)}[/]")
+            table.add_row(f"[bold]{shown(report.results[0].subject)}[/]")
         for (title, verdict, _), parts in rows.items():
             whole = Report([r for part in parts for r in part.results])
             counts = [str(whole.count(v) or "·") for v in (PASS, FAIL, ERROR, SKIPPED)]
@@ -84,10 +93,10 @@ def print_table(console: Console, reports: list[Report]) -> None:
             _print_group(console, report, group, results)
     skipped = Counter((r.subject, r.op, r.reason) for report in reports for r in report.results if r.verdict == SKIPPED and r.case != "-")
     for (subject, op, reason), count in skipped.items():
-        console.print(f"[dim]SKIPPED {count} of {escape(subject)} {op}: {escape(reason)}[/]", soft_wrap=True)
+        console.print(f"[dim]SKIPPED {count} of {shown(subject)} {op}: {shown(reason)}[/]", soft_wrap=True)
     for subject, ops in absent.items():
         names = list(dict.fromkeys(ops))
-        console.print(f"[dim]SKIPPED, not in {escape(subject)}: {', '.join(names)}[/]", soft_wrap=True)
+        console.print(f"[dim]SKIPPED, not in {shown(subject)}: {', '.join(names)}[/]", soft_wrap=True)
     total = Report([r for report in reports for r in report.results])
     parts = [f"{total.count(PASS)} passed", f"{total.count(FAIL)} failed"]
     parts += [f"{total.count(ERROR)} errors"] * bool(total.count(ERROR)) + [f"{total.count(SKIPPED)} skipped"] * bool(total.count(SKIPPED))
@@ -107,21 +116,38 @@ def worst(results: list[CaseResult]) -> str:
     shares = [value / limit for name, value, limit in found if name != "differ" and limit > 0]
     if not shares:
         return "exact" if found else "·"
+    if max(shares) <= 1 and any(r.verdict == FAIL for r in results):
+        return "·"  # a decision fails, or a shape, and no statistic
     return f"{max(shares):.2g}×" if max(shares) >= 0.01 else "<0.01×"
+
+
+LABELS = {"estimate": "measured", "fingerprint": "looks like", "pair": "known", "precision": "coarser"}
+
+
+def evidence(explanation: Explanation) -> str:
+    """The matched filter's coefficient and how sure it is, where there is one."""
+    if explanation.coefficient is None or explanation.significance is None or explanation.kind == "estimate":
+        return ""
+    return f"[{explanation.coefficient:.3g} of its difference is there, {min(explanation.significance, 9999):.0f} deviations from chance.] "
 
 
 def _print_group(console: Console, report: Report, group: tuple, results: list[CaseResult]) -> None:
     bad = [r for r in results if r.verdict in (FAIL, ERROR)]
-    if not bad:
+    below = report.hidden(group)
+    if not bad and not below:
         return
-    console.print(f"\n[bold]{escape(' '.join(group))}[/]")
+    console.print(f"\n[bold]{shown(' '.join(group))}[/]")
+    for explanation in below:
+        text = f"{shown(str(explanation))} {evidence(explanation)}".strip()
+        console.print(f"  [yellow]below the tolerance[/] {shown(explanation.id)}: {text}", soft_wrap=True)
     for r in bad[:SHOWN]:
-        console.print(f"  [{STYLE[r.verdict]}]{r.verdict}[/] {escape(r.case)}: {escape(r.reason)}", soft_wrap=True)
+        console.print(f"  [{STYLE[r.verdict]}]{r.verdict}[/] {shown(r.case)}: {shown(r.reason)}", soft_wrap=True)
     if len(bad) > SHOWN:
         console.print(f"  … and {len(bad) - SHOWN} more cases (--json has all)")
     for explanation, count in report.explanations(group):
         examined = sum(bool(r.explanations) for r in bad)
         console.print(
-            f"  [yellow]known[/] {escape(explanation.id)}: {escape(str(explanation))} Explains {count} of {examined} cases examined.",
+            f"  [yellow]{LABELS.get(explanation.kind, 'known')}[/] {shown(explanation.id)}: {shown(str(explanation))} "
+            f"{evidence(explanation)}Explains {count} of {examined} cases examined.",
             soft_wrap=True,
         )

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ..ref.op import Op
-from . import frameworks
+from ..ref.op import Op, Tensor
+from . import autograd, frameworks
 from .errors import Misbehaved, Refused, UsageError
 from .judge import Returned
 from .precision import Precision
@@ -56,11 +56,21 @@ class Subject:
     direction: str = "forward"  # what a bare callable computes
 
     def find(self, op: Op, direction: str) -> Callable | None:
-        """The callable for an op, or None."""
-        if callable(self.source) and not isinstance(self.source, (ModuleType, type)):
-            named = _attribute(self.source, op.name, direction)
-            return named or (self.source if direction == self.direction else None)
-        return _attribute(self.source, op.name, direction)
+        """The callable for an op, or None. A torch or JAX callable that is no backward, and any nn.Module, becomes one by autograd."""
+        if named := _attribute(self.source, op.name, direction):
+            return autograd.as_function(named, op)
+        if callable(self.source) and not isinstance(self.source, (ModuleType, type)) and direction == self.direction:
+            own = autograd.as_function(self.source, op)
+            if direction == "forward" or self.framework not in autograd.FRAMEWORKS or autograd.takes_gradients(own, op):
+                return own
+            return autograd.backward_of(own, op, self.framework)
+        forward = _attribute(self.source, op.name, "forward")
+        if direction == "backward" and forward is not None and autograd.is_module(forward):
+            return autograd.backward_of(autograd.as_function(forward, op), op, "torch")
+        return None
+
+    def close(self) -> None:
+        """Nothing is held; subjects that are processes have something to end."""
 
     def contract(self, op: Op, direction: str) -> Contract | None:
         """None if the subject does not have the op; a UsageError if what it has cannot be called by the op's names."""
@@ -73,10 +83,7 @@ class Subject:
         contract = self.contract(op, direction)
         if fn is None or contract is None:
             raise Refused(f"{self.name} has no {op.name} {direction}")
-        tensors, outputs = op.signature_of(direction, inputs)
-        if op.choice and not contract.takes_choice:
-            tensors = tuple(t for t in tensors if t.name != op.choice[0])
-        tensors = tuple(t for t in tensors if t.name not in contract.left_out)
+        tensors, outputs = handed(op, direction, inputs, contract)
         given = {t.name: frameworks.hand_over(inputs[t.name], p.format_of(t), t.kind, self.framework) for t in tensors}
         before = {name: frameworks.snapshot(x) for name, x in given.items()}
         try:
@@ -88,6 +95,13 @@ class Subject:
             if not np.array_equal(before[name], frameworks.snapshot(x)):
                 raise Misbehaved(f"{name} was changed in place; inputs must be left as they are")
         return _by_name(result, [t.name for t in outputs], [t.kind for t in outputs])
+
+
+def handed(op: Op, direction: str, inputs: Mapping[str, np.ndarray], contract: Contract) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The arrays that a subject is handed, and those that it returns."""
+    tensors, outputs = op.signature_of(direction, inputs)
+    spared = {*contract.left_out, *([op.choice[0]] if op.choice and not contract.takes_choice else [])}
+    return tuple(t for t in tensors if t.name not in spared), outputs
 
 
 def _attribute(source: Any, name: str, direction: str) -> Callable | None:
@@ -147,8 +161,13 @@ def _by_name(result: Any, names: list[str], kinds: list[str]) -> dict[str, Retur
 
 
 def load(spec: Any, framework: str | None = None, ties: str | None = None, direction: str = "forward") -> Subject:
-    """A subject from what the user named: a built-in name, module, module:attr, file.py, file.py:attr; or a callable or object itself."""
+    """A subject from what the user named: a built-in name, module, module:attr, file.py, file.py:attr, ctypes:LIB.so; or a callable or
+    object itself."""
     frameworks.check(framework)
+    if isinstance(spec, str) and spec.startswith("ctypes:"):
+        from .ctypes_subject import Library  # a Subject itself
+
+        return Library(spec, framework, ties)
     if not isinstance(spec, str):
         source, name = spec, getattr(spec, "__name__", type(spec).__name__)
     else:
@@ -156,7 +175,7 @@ def load(spec: Any, framework: str | None = None, ties: str | None = None, direc
     return Subject(
         name,
         source,
-        framework or getattr(source, "FRAMEWORK", "numpy"),
+        framework or getattr(source, "FRAMEWORK", "torch" if autograd.is_module(source) else "numpy"),
         getattr(source, "DECLARES", {}),
         (ties or getattr(source, "TIES", "lowest")) == "any",
         direction,

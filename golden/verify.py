@@ -1,7 +1,9 @@
 """verify: a subject held to every case, and what came of it."""
 
 import difflib
+import fnmatch
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +14,10 @@ from ..ref.op import OPS, Case, Op, check_attr, op_named
 from . import vectors
 from .band import band_of, truth_of
 from .errors import Misbehaved, Refused, UsageError
-from .explain import Explanation, consolidate, explain
+from .exec_subject import ExecSubject
+from .explain import Explanation, consolidate, explain, hidden
 from .judge import ERROR, FAIL, PASS, SKIPPED, Judgement, Question, Returned, judge
+from .maps import error_maps
 from .precision import Precision, precision_named
 from .subject import Contract, load
 from .vectors import Store, Vector, directions
@@ -40,6 +44,7 @@ class CaseResult:
     statistics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     limits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     explanations: list[Explanation] = field(default_factory=list)
+    maps: Mapping[str, Any] = field(default_factory=dict)  # where it is wrong (golden/maps.py), if it FAILs or maps were asked for
     seconds: float = 0.0
 
     @property
@@ -81,6 +86,10 @@ class Report:
             grouped.setdefault(result.group, []).append(result)
         return grouped
 
+    def hidden(self, group: tuple[str, str, str, str]) -> list[Explanation]:
+        """What the matched filter finds in a group's PASSes: known differences below the tolerance."""
+        return [e for e, _ in consolidate(r.explanations for r in self.groups()[group] if r.verdict == PASS and r.explanations)]
+
     def explanations(self, group: tuple[str, str, str, str]) -> list[tuple[Explanation, int]]:
         """What explains most of a group's failing cases, with the number of cases it explains."""
         return consolidate(r.explanations for r in self.groups()[group] if r.verdict == FAIL and r.explanations)
@@ -95,6 +104,7 @@ class Report:
             lines += [f"  {r.op} {r.direction} {r.precision} {r.case}: {r.verdict}: {r.reason}" for r in bad[:5]]
             lines += [f"  … and {len(bad) - 5} more cases"] * (len(bad) > 5)
             lines += [f"  known: {explanation} [{explanation.id}]" for explanation, _ in self.explanations(group)]
+            lines += [f"  below the tolerance: {explanation} [{explanation.id}]" for explanation in self.hidden(group)]
         return "\n".join(lines)
 
     def raise_for_verdict(self) -> "Report":
@@ -127,6 +137,7 @@ def verify(
     attrs: Mapping[str, Any] | None = None,
     profile: Literal["quick", "full"] = "quick",
     seeds: Iterable[int] = (0,),
+    cases: Sequence[str] | None = None,
     framework: str | None = None,
     ties: Literal["lowest", "any"] | None = None,
     isolate: bool = False,
@@ -135,55 +146,87 @@ def verify(
     progress: Callable[[int, int, str], None] | None = None,
     on_result: Callable[[CaseResult], None] | None = None,
     explained: bool = True,
+    maps: bool = False,
 ) -> Report:
     """Holds a subject to the cases of one op, several, or all, and returns the report.
 
     subject: a callable; a module or object with attributes named after ops; or a string as on the command line. A string can be run in a
-    process of its own (isolate=True): a crash then costs one case. Seed 0 is the stored vectors, every other seed draws new inputs.
-    direction None means every direction that the subject has; a bare callable is a forward unless "backward" is said.
+    process of its own (isolate=True; exec: and ctypes: always are): a crash then costs one case. Seed 0 is the stored vectors, every other
+    seed draws new inputs.
+    direction None means every direction that the subject has; a bare callable is a forward unless "backward" is said. cases are names or
+    patterns of names, of any profile. maps=True makes an error map of every case; failing ones always have theirs.
     progress(done, total, what) is called before each case, on_result(result) after it.
     """
-    _check(direction, profile, ties, attrs)
+    check_options(direction, profile, ties, attrs)
     ops = list(OPS.values()) if op is None else [op_named(name) for name in ([op] if isinstance(op, str) else op)]
     precisions = [precision_named(p) for p in ([precision] if isinstance(precision, str) else precision or DEFAULT_PRECISIONS)]
+    if cases is not None:
+        ops = _having(ops, cases)
     bare = is_bare(subject)
     if op is None and bare:
         raise UsageError(f"{getattr(subject, '__name__', subject)} is one callable; name what it computes (--op)")
     own = "backward" if direction == "backward" else "forward"
     direction = own if bare else direction
-    if isolate and isinstance(subject, str):
-        asked: Any = IsolatedSubject(subject, framework, ties, own, timeout)
-    else:
-        asked = load(subject, framework, ties, own)
+    asked = subject_of(subject, framework, ties, own, isolate, timeout)
     store = store or Store()
     report = Report()
     try:
-        tasks = list(_tasks(asked, ops, precisions, direction, dict(attrs or {}), profile, list(seeds), op is not None))
+        tasks = list(tasks_of(asked, ops, precisions, direction, dict(attrs or {}), profile, list(seeds), op is not None, cases))
         explained_of: dict[tuple[str, str, str, str], int] = {}
+        largest = {_group(t): t for t in sorted((t for t in tasks if t.case), key=_size)}  # the matched filter's best chance in a PASS
         for done, task in enumerate(tasks):
             if progress:
                 progress(done, len(tasks), f"{task.op.name} {task.direction} {task.precision.name}")
-            result = _run(task, dict(attrs or {}), store, explained and explained_of.get(_group(task), 0) < EXPLAINED)
+            wanted = explained and explained_of.get(_group(task), 0) < EXPLAINED
+            result = run_task(task, dict(attrs or {}), store, wanted, explained and largest.get(_group(task)) is task, maps)
             explained_of[result.group] = explained_of.get(result.group, 0) + (result.verdict == FAIL)
             report.results.append(result)
             if on_result:
                 on_result(result)
     finally:
-        if isinstance(asked, IsolatedSubject):
-            asked.close()
+        asked.close()
     return report
+
+
+def subject_of(subject: Any, framework: str | None, ties: str | None, direction: str, isolate: bool, timeout: float) -> Any:
+    """What is asked: here, or in a process of its own."""
+    if isinstance(subject, str) and subject.startswith("exec:"):
+        return ExecSubject(subject, framework, ties, timeout)
+    if isinstance(subject, str) and (isolate or subject.startswith("ctypes:")):
+        return IsolatedSubject(subject, framework, ties, direction, timeout)
+    return load(subject, framework, ties, direction)
 
 
 def is_bare(subject: Any) -> bool:
     """Whether a subject is one callable, which computes one op in one direction."""
-    return ":" in subject if isinstance(subject, str) else callable(subject) and not isinstance(subject, type)
+    if isinstance(subject, str):
+        return ":" in subject and not subject.startswith(("exec:", "ctypes:"))
+    return callable(subject) and not isinstance(subject, type)
+
+
+def named_by(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _having(ops: list[Op], cases: Sequence[str]) -> list[Op]:
+    """The ops that have some of the cases. Each name must be a case's."""
+    known = {c.name for op in ops for c in op.cases}
+    for name in cases:
+        if not any(named_by(k, [name]) for k in known):
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            raise UsageError(f"unknown case {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return [op for op in ops if any(named_by(c.name, cases) for c in op.cases)]
 
 
 def _group(task: Task) -> tuple[str, str, str, str]:
     return task.subject.name, task.op.name, task.direction, task.precision.name
 
 
-def _check(direction: str | None, profile: str, ties: str | None, attrs: Mapping[str, Any] | None) -> None:
+def _size(task: Task) -> int:
+    return math.prod(task.case.dims.values()) if task.case else 0
+
+
+def check_options(direction: str | None, profile: str, ties: str | None, attrs: Mapping[str, Any] | None) -> None:
     for name, value, allowed in (
         ("direction", direction, (None, "forward", "backward")),
         ("profile", profile, ("quick", "full")),
@@ -198,7 +241,7 @@ def _check(direction: str | None, profile: str, ties: str | None, attrs: Mapping
             raise UsageError(f"unknown attribute {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
 
 
-def _tasks(
+def tasks_of(
     subject: Any,
     ops: list[Op],
     precisions: list[Precision],
@@ -207,6 +250,7 @@ def _tasks(
     profile: str,
     seeds: list[int],
     named: bool,
+    cases: Sequence[str] | None,
 ) -> Iterator[Task]:
     for op in ops:
         for name in [n for n in attrs if n in op.attrs]:
@@ -224,11 +268,18 @@ def _tasks(
                     yield Task(subject, op, way, precision, skip="the subject does not have it")
                     continue
                 for case in op.cases:
-                    if case.quick or profile == "full":
+                    if named_by(case.name, cases) if cases is not None else case.quick or profile == "full":
                         yield from (Task(subject, op, way, precision, case, seed, contract) for seed in seeds)
 
 
-def _run(task: Task, attrs: dict, store: Store, explained: bool) -> CaseResult:
+def untaken(op: Op, case: Case, contract: Contract, own: Mapping[str, Any]) -> list[str]:
+    """What a case needs and the subject has no parameter for."""
+    left = [f"{k}={v}" for k, v in own.items() if k not in contract.attrs and k in case.attrs and v != op.defaults[k]]
+    needed = {t.name for t in op.inputs if t.kind != "like"}
+    return left + [name for name in contract.left_out if name in case.draw and name in needed]
+
+
+def run_task(task: Task, attrs: dict, store: Store, explained: bool, probed: bool = False, mapped: bool = False) -> CaseResult:
     """Asks and judges. Whatever the subject does becomes a verdict; nothing it does ends the run."""
     result = CaseResult(*_group(task), task.case.name if task.case else "-", task.seed, SKIPPED, task.skip)
     if task.case is None or task.contract is None:
@@ -238,15 +289,8 @@ def _run(task: Task, attrs: dict, store: Store, explained: bool) -> CaseResult:
     case_attrs = {**task.case.attrs, **declared}
     result.attrs = case_attrs
     own = {**task.op.defaults, **case_attrs}
-    untaken = [
-        f"{name}={own[name]}"
-        for name in own
-        if name not in task.contract.attrs and name in task.case.attrs and own[name] != task.op.defaults[name]
-    ]
-    needed = {t.name for t in task.op.inputs if t.kind != "like"}
-    untaken += [name for name in task.contract.left_out if name in task.case.draw and name in needed]
-    if untaken:
-        result.reason = f"the subject does not take {', '.join(untaken)}"
+    if left := untaken(task.op, task.case, task.contract, own):
+        result.reason = f"the subject does not take {', '.join(left)}"
         return result
     try:
         question, vector = _question(task, case_attrs, own, store)
@@ -260,7 +304,11 @@ def _run(task: Task, attrs: dict, store: Store, explained: bool) -> CaseResult:
     result.reason = "; ".join(judgement.reasons)
     result.statistics, result.limits = judgement.statistics, judgement.limits
     if explained and judgement.verdict == FAIL and returned is not None:
-        result.explanations = explain(question, returned)
+        result.explanations = explain(question, returned, vector.band)
+    elif probed and judgement.verdict == PASS and returned is not None:
+        result.explanations = hidden(question, returned, vector.band)
+    if returned is not None and (mapped or judgement.verdict == FAIL):
+        result.maps = error_maps(question, returned, judgement)
     result.seconds = time.perf_counter() - started
     return result
 

@@ -129,12 +129,13 @@ def _cases() -> tuple[Case, ...]:
     narrow = Case("tile-64", {"n": 3, "d": 200}, {"x": ("normal", 1.0)}, {"tile": 64, "recipe": "v32-ue8m0"}, "V4's cache has blocks of 64")
     fnuz = Case("e4m3fnuz", {"n": 3, "d": 200}, {"x": ("normal", 1.0)}, {"format": "e4m3fnuz"}, "MI300's format, maximum 240")
     cache = Case("e5m6", {"n": 5, "d": 300}, {"x": ("rows_wide", -20, 12)}, {"format": "e5m6", "recipe": "tilekernels-ue8m0"})
+    wide = Case("e5m6-wide", {"n": 4, "d": 256}, {"x": ("wide", -40, 20)}, {"format": "e5m6", "recipe": "tilekernels-ue8m0"}, "subnormals")
     fp4 = {"format": "e2m1", "recipe": "mxfp4", "tile": 32}
     expert = Case("mxfp4", {"n": 6, "d": 200}, {"x": ("rows_wide", -20, 12)}, fp4, "V4's experts, 1×32")
     ties4 = Case("mxfp4-ties", {"n": 8, "d": 96}, {"x": ("steps", 24, 0.25)}, fp4, "multiples of 1/4: many on midpoints")
     down4 = Case("mxfp4-half-zero", {"n": 8, "d": 96}, {"x": ("steps", 24, 0.25)}, {**fp4, "rounding": "half-zero"}, "DeepGEMM's ties")
     real = Case("model", {"n": 64, "d": 7168}, {"x": ("outliers", 1.0, 60.0)}, {"recipe": "v32-ue8m0"}, "V3's width, real outliers")
-    return (*cases, wgrad, ties, e5m2, narrow, fnuz, cache, expert, ties4, down4, real)
+    return (*cases, wgrad, ties, e5m2, narrow, fnuz, cache, wide, expert, ties4, down4, real)
 
 
 quantize_tile = declare(

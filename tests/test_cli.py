@@ -195,3 +195,12 @@ def test_json_lines_are_written_as_they_come(tmp_path: Path) -> None:
     rest, _ = run.communicate(timeout=60)
     assert run.returncode == 130
     assert "total" not in rest
+
+
+def test_a_subject_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    """Escape sequences in what a subject raises are shown, not obeyed."""
+    (tmp_path / "loud.py").write_text("def rmsnorm(x, weight, eps):\n    raise RuntimeError('\\x1b[31mred\\x07[bold]')\n")
+    status, out, _ = leadline("verify", f"{tmp_path / 'loud.py'}", "--op", "rmsnorm", "--direction", "forward")
+    assert status == 1
+    assert "\\x1b[31mred\\x07[bold]" in out
+    assert "\x1b[31mred" not in out

@@ -1,10 +1,11 @@
 """The judge's first duty: no correct implementation fails. tests/variants holds many, as different as real kernels are from each other."""
 
-import time
-from collections import Counter
+import json
+import os
 from typing import Any
 
 import pytest
+import wall
 from leadline.golden.vectors import Store
 from leadline.golden.verify import Report, verify
 from variants import ALL, COS_SIN_STORED, FAST_EXP, ROUNDED_FIRST, SILU_STORED, VARIANTS, Variant
@@ -23,7 +24,6 @@ ROUTER_ATTRS = (
     {"scoring": "softmax", "norm_topk_prob": False},
     {"n_group": 1, "topk_group": 1},
 )
-SHARES = ("max", "rms", "row", "block", "mean", "gain")
 
 
 def asked(variant: Variant, precision: str, seeds: Any, attrs: dict[str, Any] | None = None, profile: Any = "quick") -> Report:
@@ -65,9 +65,10 @@ def test_correct_routers_pass_with_other_attributes(attrs: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("overflow", ["saturate", "nan"])
 def test_correct_casts_pass_with_either_overflow(overflow: str) -> None:
-    """Both overflow rules, of every cast and encoding."""
+    """Both overflow rules, of every cast and encoding. E2M1 has no NaN to overflow to."""
     for variant in VARIANTS:
-        if variant.op.startswith(("cast", "encode")) and not variant.slow:
+        refused = overflow == "nan" and variant.op.endswith(".e2m1")
+        if variant.op.startswith(("cast", "encode")) and not variant.slow and not refused:
             assert not complaint(asked(variant, "fp32", (1,), {"overflow": overflow}))
 
 
@@ -97,40 +98,47 @@ def test_the_hardware_exponential_passes(precision: str) -> None:
         assert not complaint(asked(FAST_EXP, precision, (0, 1), attrs))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_wall_has_forty_variants(precision: str) -> None:
+    """At every precision at least 40 correct variants are judged by the full run (tests/wall.py)."""
+    assert sum(precision in wall.precisions_of(v) for v in wall.everyone()) >= 40
+
+
+@pytest.mark.parametrize("op", wall.ROUND_ONCE)
+def test_what_rounds_once_passes_where_every_operation_rounds(op: str) -> None:
+    """Ops of one operation, whose variants for bf16 stand in the wall of bf16-eager, too."""
+    for direction in dict.fromkeys(d for o, d in OPS if o == op):
+        (found,) = wall.climb(op, direction, (0,), ("bf16-eager",))
+        assert found["cases"] > 0 == found["refused"], found
+        assert not found["complaints"], found["complaints"][0]
+
+
+def test_the_wall_counts_a_false_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant that is wrong is counted, by its name, and so are the metrics that notice it."""
+    wrong = Variant("wrong", "swiglu", "forward", lambda gate, up, **attrs: gate * up, ("fp32",))
+    monkeypatch.setattr(wall, "everyone", lambda: [wrong])
+    (found,) = wall.climb("swiglu", "forward", range(2))
+    assert found["draws"] == 2
+    assert found["false_alarms"] == found["cases"] == len(found["complaints"]) > 0
+    assert found["complaints"][0].startswith("swiglu-forward-wrong fp32 ")
+    assert found["field"]["allclose(1e-2)"] == found["cases"]
+    assert wall.totals([found, found])["fp32"]["false_alarms"] == 2 * found["false_alarms"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("op", "direction"), OPS)
-def test_correct_implementations_pass_200_draws(op: str, direction: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """No false alarm in 200 draws of every case at every precision; the largest share statistic/limit is printed.
+def test_correct_implementations_pass_100_draws(op: str, direction: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No false alarm in 100 draws (LEADLINE_WALL_SEEDS says another number) of every case at every precision; what was judged is printed
+    as JSON, with the largest share statistic/limit. `python tests/wall.py` is the same with totals, and can be taken up again.
 
-    Last ran 2026-11-22, in parts, and found no false alarm. At every precision: rmsnorm (48,000 cases backward), casts, encodings and
-    decodings of e5m2 and bf16 (80,640). At fp32 and bf16: router (36,400 forward, 26,000 backward), e4m3fn (21,760), cast.fp16 (9,680),
+    Last ran 2026-11-22, 200 draws in parts, and found no false alarm. At every precision: rmsnorm (48,000 cases backward), casts, encodings
+    and decodings of e5m2 and bf16 (80,640). At fp32 and bf16: router (36,400 forward, 26,000 backward), e4m3fn (21,760), cast.fp16 (9,680),
     dequantize_tile (9,600), quantize_tile (148,400). Largest share of a limit: 0.57 (rmsnorm backward, bf16, block). Earlier
     forms of the judge failed here: see "reach" in golden/band.py and "equal values" in golden/montecarlo.py.
     """
-    variants = [v for v in (*VARIANTS, FAST_EXP) if (v.op, v.direction) == (op, direction)]
-    largest: dict[tuple[str, str], tuple[float, str]] = {}
-    counts: Counter[str] = Counter()
-    complaints: list[str] = []
-    started = time.perf_counter()
-    for seed in range(200):
-        for precision in PRECISIONS:
-            for variant in variants:
-                if precision not in variant.precisions or (variant.slow and seed % 20):
-                    continue
-                report = asked(variant, precision, (seed,), profile="full")
-                counts.update(r.verdict for r in report.results)
-                counts["ambiguous"] += report.ambiguous
-                if problem := complaint(report):
-                    complaints.append(f"{variant.id} {precision} seed {seed}: {problem}")
-                for result in report.results:
-                    for output, found in result.statistics.items():
-                        for name in SHARES:
-                            if result.limits[output].get(name, 0) > 0:
-                                share = float(found[name] / result.limits[output][name])
-                                where = f"{share:.3f} {output} by {variant.name}, {result.case}, seed {seed}"
-                                largest[precision, name] = max(largest.get((precision, name), (0.0, "")), (share, where))
+    found = wall.climb(op, direction, range(int(os.environ.get("LEADLINE_WALL_SEEDS", "100"))))
     with capsys.disabled():
-        print(f"\n{op} {direction}: {dict(counts)} in {time.perf_counter() - started:.0f} s")
-        for (precision, name), (_, where) in sorted(largest.items()):
-            print(f"  {precision:10} {name:5} {where}")
+        for record in found:
+            print(f"\n{json.dumps({k: v for k, v in record.items() if k != 'complaints'})}", end="")
+    complaints = [complaint for record in found for complaint in record["complaints"]]
     assert not complaints, "\n".join(complaints[:20])

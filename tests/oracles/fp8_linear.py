@@ -56,10 +56,14 @@ def _again(x: np.ndarray, at: dict[str, Any]) -> Quantized:
 
 
 def _filled(inputs: Arrays, attrs: dict[str, Any]) -> dict[str, Any]:
-    at = fill({"recipe": "v3", "weight_recipe": "v3", "accumulator": "wgmma13", "promote": 128, "cache": "e4m3fn"}, attrs)
+    at = fill(
+        {"recipe": "v3", "weight_recipe": "v3", "accumulator": "wgmma13", "promote": 128, "scale_order": "one by one", "cache": "e4m3fn"},
+        attrs,
+    )
     for name in ("recipe", "weight_recipe"):
         choose(name, at[name], quantize.RECIPES)
     choose("cache", at["cache"], ("e4m3fn", "e5m6"))
+    choose("scale_order", at["scale_order"], ("one by one", "product first"))  # exact products have no order
     hardware(at["accumulator"])
     if at["promote"] < 0 or (at["promote"] and 128 % at["promote"]):
         raise ValueError(f"promote must be 0 or divide 128, got {at['promote']}")

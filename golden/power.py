@@ -1,0 +1,255 @@
+"""The kill matrix: every known bug against every judge, ours and the field's, on the stored vectors.
+
+A bug meets our judge twice: computed in float64 and rounded once, and computed as its precision claims, every operation erring at random,
+so that it can hide in rounding noise. The field's metrics are asked of the first, which has no noise to excuse them. A row of its own, the
+reference itself computed as the precision claims, counts the false alarms of every judge.
+"""
+
+import functools
+import hashlib
+import itertools
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..ref.op import OPS, Case, Op, op_named
+from . import field as fields
+from .band import Arrays, carrier
+from .bugs import Bug, bugs_of
+from .catalogue import conventions
+from .draw import Source
+from .explain import alternatives, consolidate, explain, hidden
+from .judge import FAIL, Question, as_returned, judge
+from .montecarlo import Noise, noisy_inputs
+from .precision import Precision, precision_named
+from .vectors import LARGE, Store, Vector, directions
+
+SCHEMA = "leadline.power/1"
+PRECISIONS = ("fp32", "bf16", "bf16-eager")
+CORRECT = "(correct)"  # the reference in a bug's place
+SEED = 1000  # of the noise: none of the band's own runs
+EXPLAINED = 3  # failing cases that are explained, as in verify
+CHUNK = 6  # bugs that a process is handed at once
+QUICK = {"share": 12, "cases": 2, "flops": 50_000}  # one bug in 12, on 2 cases that are stored whole and cost no more
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some bugs of an op, a direction and a precision: what one process does at once."""
+
+    op: str
+    direction: str
+    precision: str
+    ids: tuple[str, ...]
+    quick: bool = False
+    named: bool = True
+
+
+def mutants(op: Op, direction: str, precision: str) -> list[Bug]:
+    """The bugs and conventions of an op, and the reference in a bug's place."""
+    return [*bugs_of(op, direction), *conventions(op, direction, precision), Bug(CORRECT, (op.name,), "The reference itself.")]
+
+
+def parts(
+    ops: Iterable[str] | None = None, precisions: Iterable[str] | None = None, quick: bool = True, named: bool = True, chunk: int = CHUNK
+) -> list[Part]:
+    """The work, cheap ops first. The quick form takes a fixed sample of the bugs, chosen by their names."""
+    chosen = [op_named(name) for name in ops] if ops else list(OPS.values())
+    chosen = sorted(chosen, key=lambda op: sum(_elements(op, c) for c in op.cases if c.quick))
+    names = [precision_named(p).name for p in precisions or PRECISIONS]
+    found = []
+    for op in chosen:
+        for way, precision in itertools.product(directions(op), names):
+            ids = list(dict.fromkeys(b.id for b in mutants(op, way, precision)))
+            if quick:
+                drawn = [i for i in ids if i != CORRECT and _draw(f"{op.name} {way} {i}", QUICK["share"])] if sample(op) else []
+                ids = [*drawn, CORRECT] if drawn else []
+            found += [Part(op.name, way, precision, tuple(ids[i : i + chunk]), quick, named) for i in range(0, len(ids), chunk)]
+    return found
+
+
+def sample(op: Op) -> list[Case]:
+    """The cases of the quick form: of those that are cheap, the ones whose names a hash draws."""
+    cheap = [c for c in op.cases if c.quick and _elements(op, c) <= LARGE and _flops(op, c) <= QUICK["flops"]]
+    return sorted(cheap, key=lambda c: _hash(f"{op.name} {c.name}"))[: QUICK["cases"]]
+
+
+def _letters(op: Op, case: Case) -> dict[str, Any]:
+    return {"x": 1, **op.defaults, **case.attrs, **case.dims}  # x: as long as the values make it
+
+
+def _elements(op: Op, case: Case) -> int:
+    """Of all arrays in and out"""
+    tensors = (*op.signature_of("forward", case.draw)[0], *op.outputs)
+    return sum(math.prod(t.shape(_letters(op, case))) for t in tensors)
+
+
+def _flops(op: Op, case: Case) -> int:
+    return eval(op.flops, {"__builtins__": {}}, _letters(op, case))  # a formula of the declaration, in its letters
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def _draw(text: str, share: int) -> bool:
+    return _hash(text) % share == 0
+
+
+def run(
+    work: Iterable[Part], store: Store, jobs: int = 1, done: Collection[tuple[str, str, str, str]] = ()
+) -> Iterator[tuple[Part, list[dict[str, Any]]]]:
+    """The parts as they are finished, each with its records. What `done` names is left out: (op, direction, precision, id)."""
+    left = [Part(**{**vars(p), "ids": tuple(i for i in p.ids if (p.op, p.direction, p.precision, i) not in done)}) for p in work]
+    left = [p for p in left if p.ids]
+    if jobs == 1:
+        for part in left:
+            yield part, records(part, store)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(_records_from, part, store.directory): part for part in left}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def records(part: Part, store: Store) -> list[dict[str, Any]]:
+    """What came of each bug of a part."""
+    op, precision = op_named(part.op), precision_named(part.precision)
+    cases = sample(op) if part.quick else [c for c in op.cases if c.quick]
+    stored = [_vector(store, op, case, part.direction, precision) for case in cases]
+    found = [_record(bug, stored, part) for bug in mutants(op, part.direction, part.precision) if bug.id in part.ids]
+    if part.named and CORRECT in part.ids:  # once for an op, direction and precision
+        found += _attribute_records(stored, part)
+    return found
+
+
+@functools.cache
+def _store(directory: Path) -> Store:
+    return Store(directory)
+
+
+def _records_from(part: Part, directory: Path) -> list[dict[str, Any]]:
+    return records(part, _store(directory))
+
+
+_made: dict[tuple[str, str, str, str], Vector] = {}
+
+
+def _vector(store: Store, op: Op, case: Case, direction: str, precision: Precision) -> Vector:
+    """The stored vector, kept for the other bugs of its op: large ones are made anew whenever they are asked for."""
+    key = (op.name, case.name, direction, precision.name)
+    if key not in _made:
+        if any((op.name, direction, precision.name) != (k[0], k[2], k[3]) for k in _made):
+            _made.clear()
+        _made[key] = store.get(op, case, direction, precision)
+    return _made[key]
+
+
+def _record(bug: Bug, stored: list[Vector], part: Part) -> dict[str, Any]:
+    """One bug: the cases on which each judge fails it, and what it is taken for."""
+    found: dict[str, Any] = {
+        "op": part.op,
+        "direction": part.direction,
+        "precision": part.precision,
+        "id": bug.id,
+        "benign": bug.benign,
+        "cases": 0,
+        "differ": [],
+        "rounded": [],
+        "computed": [],
+        "field": {name: [] for name in fields.METRICS},
+        "print": {},
+        "errors": [],
+        "filtered": {},
+    }
+    explained, passed = [], []
+    for v in stored:
+        question = Question(v.op, v.direction, v.inputs, v.case.attrs, v.precision)
+        plain = outputs_of(bug, v)
+        if plain is None:
+            continue
+        found["cases"] += 1
+        found["print"][v.case.name] = fingerprint(v, plain)
+        with np.errstate(all="ignore"):
+            returned, right = as_returned(question, plain), as_returned(question, v.band.truth)
+            if any(not np.array_equal(_bits(returned[k].values), _bits(right[k].values)) for k in right):
+                found["differ"].append(v.case.name)
+            if judge(question, returned, v.band).verdict == FAIL:
+                found["rounded"].append(v.case.name)
+            for name in [] if bug.id == CORRECT else fields.rejecting(question, returned, right):
+                found["field"][name].append(v.case.name)
+            if not v.op.exact:
+                try:
+                    noisy = outputs_of(bug, v, Noise(v.precision, SEED))
+                except Exception as error:  # a variant that does not run on noisy arrays is told of, and is judged rounded alone
+                    found["errors"].append(f"{v.case.name}: {type(error).__name__}: {error}"[:200])
+                    noisy = plain
+                if noisy is None:
+                    continue
+                returned = as_returned(question, noisy)
+            for name in fields.rejecting(question, returned, right) if bug.id == CORRECT else []:  # false alarms, as of ours
+                found["field"][name].append(v.case.name)
+            if judge(question, returned, v.band).verdict != FAIL:
+                passed += [(question, returned, v)] * (v.case.name in found["differ"] or bug.id == CORRECT)
+                continue
+            found["computed"].append(v.case.name)
+            if part.named and bug.id != CORRECT and len(explained) < EXPLAINED:
+                explained.append(explain(question, returned, v.band))
+    found["named"] = [[e.id, n] for e, n in consolidate(explained)]
+    found["explained"] = len(explained)
+    if part.named and not found["computed"] and not op_named(part.op).exact:  # a survivor: is it in the error all the same?
+        with np.errstate(all="ignore"):
+            seen = {v.case.name: [e.id for e in hidden(question, returned, v.band)] for question, returned, v in passed}
+        found["filtered"] = {case: ids for case, ids in seen.items() if ids}
+    return found
+
+
+def _attribute_records(stored: list[Vector], part: Part) -> list[dict[str, Any]]:
+    """The fingerprints of the other values of an op's attributes: to tell which bugs are one of them under another name."""
+    prints: dict[str, dict[str, Any]] = {}
+    for v in stored:
+        for change in alternatives(v.op, v.case.attrs):
+            ((name, value),) = change.items()
+            outputs = outputs_of(Bug("", (), "", attrs=change), v)
+            if outputs is not None:
+                prints.setdefault(f"{name}={value}", {})[v.case.name] = fingerprint(v, outputs)
+    common = {"op": part.op, "direction": part.direction, "precision": part.precision}
+    return [{**common, "attribute": name, "print": found} for name, found in prints.items()]
+
+
+def outputs_of(bug: Bug, v: Vector, noise: Noise | None = None) -> Arrays | None:
+    """A bug's outputs for a vector's inputs: in float64 (an exact op: in their own dtype), or with noise. None where it does not apply."""
+    inputs = v.inputs if v.op.exact else noisy_inputs(v.inputs, noise) if noise else carrier(v.inputs, np.float64)
+    op = bug.variant(v.op) if bug.fwd or bug.bwd else v.op
+    try:
+        with np.errstate(all="ignore"):
+            return {k: np.asarray(y) for k, y in op.run(v.direction, inputs, {**v.case.attrs, **bug.attrs}).items()}
+    except ValueError:
+        return None
+
+
+def fingerprint(v: Vector, outputs: Mapping[str, np.ndarray]) -> list[float]:
+    """For each output its norm, its product with random numbers over that, and how much of it is not finite."""
+    found: list[float] = []
+    for name, y in outputs.items():
+        finite = np.isfinite(y)
+        x = np.where(finite, y, 0.0).astype(np.float64)
+        top = float(np.max(np.abs(x), initial=0.0)) or 1.0
+        length = float(np.sqrt(np.sum((x / top) ** 2))) or 1.0
+        weights = Source(f"leadline/1 power {v.op.name} {v.id} {name}").uniform(x.shape, -1.0, 1.0)
+        found += [top * length * bool(x.any()), float(np.sum(x / top * weights)) / length, float(np.sum(~finite))]
+    return [float(f"{value:.12g}") for value in found]
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    """Values with every NaN alike and zeros by their sign."""
+    if x.dtype.kind != "f":
+        return x
+    x = np.ascontiguousarray(np.where(np.isnan(x), np.array(np.nan, x.dtype), x))
+    return x.view(f"u{x.itemsize}")
