@@ -149,6 +149,11 @@ def cost(op: Op, case: Case) -> tuple[int, int]:
 @click.option("--timeout", default=120.0, show_default=True, help="Seconds that a case may take.")
 @click.option("--vectors", type=click.Path(path_type=Path), default=DIRECTORY, help="Another directory of vectors.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on standard output instead of the table.")
+@click.option("--jobs", default=1, show_default=True, help="Processes that share the work; the results are the same.")
+@click.option("--scheduler", metavar="ADDRESS", help="tcp://… of a Dask scheduler whose workers share the work.")
+@click.option(
+    "--resume", type=click.File(encoding="utf-8"), metavar="RUN", help="JSON lines of an interrupted run: its cases are not asked again."
+)
 @click.option("--maps", is_flag=True, help="An error map of every case in the reports; failing cases always have theirs.")
 @file_options("html", "junit", "markdown", "jsonl")
 def verify(
@@ -165,6 +170,9 @@ def verify(
     timeout: float,
     vectors: Path,
     as_json: bool,
+    jobs: int,
+    scheduler: str | None,
+    resume: Any,
     maps: bool,
     files: dict[str, Path],
 ) -> None:
@@ -174,9 +182,9 @@ def verify(
     file.py:attr; exec:PROGRAM [ARGS], which answers JSON lines (`leadline smoke`); ctypes:LIB.so, which exports C functions.
     """
     from .report import json_header, json_result, json_total, print_table
-    from .runs import provenance
+    from .runs import provenance, resumed
+    from .spread import spread
     from .verify import DEFAULT_PRECISIONS, parse_attr
-    from .verify import verify as run
 
     chosen = [op_named(name) for name in names] or list(OPS.values())
     options = {
@@ -198,13 +206,17 @@ def verify(
     about = given(**about, seed=seeds, case=cases, vectors=None if vectors == DIRECTORY else vectors)
     about |= given(profile=None if profile == "quick" else profile, timeout=None if timeout == 120 else timeout)
     subjects = subjects or ("kernels.cpu",)
+    earlier = resumed(resume.name, resume.read(), subjects, about) if resume else {}
+    options |= {"jobs": jobs, "scheduler": scheduler, "done": earlier}
     with Outputs(files, as_json) as outputs:
         if outputs.wanted:
             outputs.line(json_header(**provenance(subjects, chosen, precision or DEFAULT_PRECISIONS, about)))
+            for result in earlier.values():  # first of all: an interrupt must not lose them
+                outputs.line(json_result(result))
             options["on_result"] = lambda result: outputs.line(json_result(result))
         for subject in subjects:
             with Progress(subject) as progress:
-                reports.append(run(subject, names or None, isolate=True, progress=progress, **options))
+                reports.append(spread(subject, names or None, progress=progress, **options))
         if outputs.wanted:
             outputs.line(json_total(reports))
     if not as_json:

@@ -212,13 +212,12 @@ def _record(bug: Bug, stored: list[Vector], part: Part) -> dict[str, Any]:
 
 def _attribute_records(stored: list[Vector], part: Part) -> list[dict[str, Any]]:
     """The fingerprints of the other values of an op's attributes: to tell which bugs are one of them under another name."""
-    prints: dict[str, dict[str, Any]] = {}
-    for v in stored:
-        for change in alternatives(v.op, v.case.attrs):
-            ((name, value),) = change.items()
-            outputs = outputs_of(Bug("", (), "", attrs=change), v)
-            if outputs is not None:
-                prints.setdefault(f"{name}={value}", {})[v.case.name] = fingerprint(v, outputs)
+    changes = {f"{name}={value}": {name: value} for v in stored for c in alternatives(v.op, v.case.attrs) for name, value in c.items()}
+    prints: dict[str, dict[str, Any]] = {name: {} for name in changes}
+    for (title, change), v in itertools.product(changes.items(), stored):
+        outputs = outputs_of(Bug("", (), "", attrs=change), v)
+        if outputs is not None:
+            prints[title][v.case.name] = fingerprint(v, outputs)
     common = {"op": part.op, "direction": part.direction, "precision": part.precision}
     return [{**common, "attribute": name, "print": found} for name, found in prints.items()]
 

@@ -19,7 +19,7 @@ from .judge import ERROR, FAIL, PASS, SKIPPED
 from .precision import PRECISIONS
 from .report import SCHEMA
 from .vectors import DIRECTORY, STORED
-from .verify import CaseResult, Report
+from .verify import CaseResult, Key, Report
 
 NEEDED = {"subject": str, "op": str, "direction": str, "precision": str, "case": str, "seed": int, "verdict": str}
 VERDICTS = (PASS, FAIL, ERROR, SKIPPED)
@@ -139,6 +139,18 @@ def read(path: str, text: str) -> Run:
     if header is None:
         raise UsageError(f"{path} is empty; expected the lines of `leadline verify --json`")
     return Run(header, Report(results), total is not None)
+
+
+def resumed(path: str, text: str, subjects: Sequence[str], options: Mapping[str, Any]) -> dict[Key, CaseResult]:
+    """The finished cases of an earlier run of the same subjects with the same options; a UsageError if it was another."""
+    run = read(path, text)
+    for name, own, theirs in (
+        ("subjects", list(subjects), run.header.get("subjects")),
+        ("options", dict(options), run.header.get("options")),
+    ):
+        if json.dumps(own, default=str, sort_keys=True) != json.dumps(theirs, default=str, sort_keys=True):
+            raise UsageError(f"{path} has other {name}: {theirs}; expected {own}")
+    return {result.key: result for result in run.report.results}
 
 
 def _result(where: str, value: dict[str, Any]) -> CaseResult:

@@ -27,6 +27,9 @@ DEFAULT_PRECISIONS = ("fp32", "bf16")
 EXPLAINED = 3  # failing cases of an op, direction and precision that are explained
 
 
+Key = tuple[str, str, str, str, str, int]  # subject, op, direction, precision, case, seed
+
+
 @dataclass
 class CaseResult:
     """One case of one subject: the verdict, why, and the statistics behind it."""
@@ -50,6 +53,10 @@ class CaseResult:
     @property
     def group(self) -> tuple[str, str, str, str]:
         return self.subject, self.op, self.direction, self.precision
+
+    @property
+    def key(self) -> Key:
+        return *self.group, self.case, self.seed
 
 
 class VerdictError(AssertionError):
@@ -147,6 +154,7 @@ def verify(
     on_result: Callable[[CaseResult], None] | None = None,
     explained: bool = True,
     maps: bool = False,
+    done: Mapping[Key, CaseResult] | None = None,
 ) -> Report:
     """Holds a subject to the cases of one op, several, or all, and returns the report.
 
@@ -155,7 +163,8 @@ def verify(
     seed draws new inputs.
     direction None means every direction that the subject has; a bare callable is a forward unless "backward" is said. cases are names or
     patterns of names, of any profile. maps=True makes an error map of every case; failing ones always have theirs.
-    progress(done, total, what) is called before each case, on_result(result) after it.
+    progress(done, total, what) is called before each case, on_result(result) after it; the cases of an earlier run (done) are neither
+    asked again nor told.
     """
     check_options(direction, profile, ties, attrs)
     ops = list(OPS.values()) if op is None else [op_named(name) for name in ([op] if isinstance(op, str) else op)]
@@ -174,9 +183,13 @@ def verify(
         tasks = list(tasks_of(asked, ops, precisions, direction, dict(attrs or {}), profile, list(seeds), op is not None, cases))
         explained_of: dict[tuple[str, str, str, str], int] = {}
         largest = {_group(t): t for t in sorted((t for t in tasks if t.case), key=_size)}  # the matched filter's best chance in a PASS
-        for done, task in enumerate(tasks):
+        for count, task in enumerate(tasks):
             if progress:
-                progress(done, len(tasks), f"{task.op.name} {task.direction} {task.precision.name}")
+                progress(count, len(tasks), f"{task.op.name} {task.direction} {task.precision.name}")
+            if earlier := (done or {}).get((*_group(task), task.case.name if task.case else "-", task.seed)):
+                explained_of[earlier.group] = explained_of.get(earlier.group, 0) + (earlier.verdict == FAIL)
+                report.results.append(earlier)
+                continue
             wanted = explained and explained_of.get(_group(task), 0) < EXPLAINED
             result = run_task(task, dict(attrs or {}), store, wanted, explained and largest.get(_group(task)) is task, maps)
             explained_of[result.group] = explained_of.get(result.group, 0) + (result.verdict == FAIL)
