@@ -110,7 +110,7 @@ def bind(op: str, tensors: tuple[Tensor, ...], arrays: Mapping[str, Array]) -> d
         if len(array.shape) != len(tensor.dims):
             raise ValueError(f"{op}: {tensor.name} has shape {tuple(array.shape)}; expected [{','.join(tensor.dims)}]")
         for letter, size in zip(tensor.dims, array.shape, strict=True):
-            if letter.isalpha() and letters.setdefault(letter, size) != size:
+            if letter.isalpha() and letters.setdefault(letter, int(size)) != size:
                 raise ValueError(f"{op}: {tensor.name} has shape {tuple(array.shape)}; expected {letter} = {letters[letter]}")
         check_dtype(op, tensor, array)
     return letters
