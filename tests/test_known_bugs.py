@@ -206,7 +206,7 @@ def test_a_recipe_passes_as_itself_alone(own: str) -> None:
     for result in report.results:
         verdicts.setdefault(result.attrs.get("recipe", "v3"), set()).add(result.verdict)
     (group,) = report.groups()
-    assert verdicts[own] == {"PASS"}
+    assert verdicts[own] - {"SKIPPED"} == {"PASS"}  # a case with another tie rule is not asked
     assert {recipe for recipe, found in verdicts.items() if found == {"PASS"}} - {own} <= (UE8M0 if own in UE8M0 else set())
     assert f"recipe={own}" in [e.id for e, _ in report.explanations(group)]
 
