@@ -113,8 +113,9 @@ def _agreeing(question: Question, returned: Mapping[str, Returned], truth: Array
         try:
             with np.errstate(all="ignore"):
                 theirs = truth_of(asked.op, question.direction, question.inputs, asked.attrs)
-                if not _worth_asking(question, returned, theirs, truth):
-                    continue
+                stores = bug is None and all(np.array_equal(theirs[n], y, equal_nan=y.dtype.kind == "f") for n, y in truth.items())
+                if not stores and not _worth_asking(question, returned, theirs, truth):
+                    continue  # (an attribute that says where 16 bits are stored changes no truth)
                 fits = _agrees(asked, returned, _band(asked)) if bug is None else _fits(question, returned, bug, asked)
         except ValueError:  # it refuses these inputs or sizes
             continue
@@ -247,6 +248,8 @@ def _nearer(returned: Mapping[str, Returned], candidate: Mapping[str, np.ndarray
         if got.shape != other.shape:
             continue
         gaps = [np.where((got == y) | (np.isnan(got) & np.isnan(y)), 0.0, np.abs(got - y)) for y in (other, own)]
+        if r.values.dtype.kind == "u":  # bit patterns are no quantities
+            gaps = [np.minimum(g, 1.0) for g in gaps]
         gaps = [np.where(np.isfinite(g), g, np.inf) for g in gaps]
         if np.any(gaps[0] < gaps[1]) and not np.sum(gaps[0] ** 2) > np.sum(gaps[1] ** 2):
             return True
