@@ -349,7 +349,7 @@ def bugs_show(id: str) -> None:
 
 @main.command()
 @click.option("--op", "names", multiple=True, help="One op (repeat for more); all by default.")
-@click.option("--precision", "precisions", multiple=True, help="One precision (repeat for more); fp32, bf16 and bf16-eager by default.")
+@click.option("--precision", "precisions", multiple=True, help="One precision (repeat for more); fp32, bf16 and, if --full, bf16-eager.")
 @click.option("--full", is_flag=True, help="Every bug on every case (hours); by default a fixed sample on cheap cases (minutes).")
 @click.option("--unnamed", is_flag=True, help="Do not ask what each failing output is taken for.")
 @click.option("--jobs", default=1, show_default=True, help="Processes.")

@@ -22,13 +22,13 @@ from ..ref.op import OPS, Case, Op, op_named
 from . import field as fields
 from .band import Arrays, carrier
 from .bugs import Bug, bugs_of
-from .catalogue import conventions
+from .catalogue import Caught, caught, conventions
 from .draw import Source
 from .explain import alternatives, consolidate, explain, hidden
 from .judge import FAIL, Question, as_returned, judge
 from .montecarlo import Noise, noisy_inputs
 from .precision import Precision, precision_named
-from .vectors import LARGE, Store, Vector, directions
+from .vectors import LARGE, Store, Vector, directions, make
 
 SCHEMA = "leadline.power/1"
 PRECISIONS = ("fp32", "bf16", "bf16-eager")
@@ -36,7 +36,7 @@ CORRECT = "(correct)"  # the reference in a bug's place
 SEED = 1000  # of the noise: none of the band's own runs
 EXPLAINED = 3  # failing cases that are explained, as in verify
 CHUNK = 6  # bugs that a process is handed at once
-QUICK = {"share": 12, "cases": 2, "flops": 50_000}  # one bug in 12, on 2 cases that are stored whole and cost no more
+QUICK = {"share": 12, "cases": 2, "flops": 50_000}  # one bug in 12, on 2 cases that are stored whole and cost no more, one that reveals it
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,34 @@ def parts(
     """The work, cheap ops first. The quick form takes a fixed sample of the bugs, chosen by their names."""
     chosen = [op_named(name) for name in ops] if ops else list(OPS.values())
     chosen = sorted(chosen, key=lambda op: sum(_elements(op, c) for c in op.cases if c.quick))
-    names = [precision_named(p).name for p in precisions or PRECISIONS]
+    names = [precision_named(p).name for p in precisions or (PRECISIONS[:2] if quick else PRECISIONS)]
     found = []
     for op in chosen:
         for way, precision in itertools.product(directions(op), names):
             ids = list(dict.fromkeys(b.id for b in mutants(op, way, precision)))
             if quick:
-                drawn = [i for i in ids if i != CORRECT and _draw(f"{op.name} {way} {i}", QUICK["share"])] if sample(op) else []
-                ids = [*drawn, CORRECT] if drawn else []
+                some = [i for i in ids if i != CORRECT and _draw(f"{op.name} {way} {i}", QUICK["share"])] if sample(op) else []
+                ids = [*some, CORRECT] if some else []
             found += [Part(op.name, way, precision, tuple(ids[i : i + chunk]), quick, named) for i in range(0, len(ids), chunk)]
     return found
 
 
 def sample(op: Op) -> list[Case]:
-    """The cases of the quick form: of those that are cheap, the ones whose names a hash draws."""
+    """The cases that the quick form may take: the cheap ones, in an order that a hash draws."""
     cheap = [c for c in op.cases if c.quick and _elements(op, c) <= LARGE and _flops(op, c) <= QUICK["flops"]]
-    return sorted(cheap, key=lambda c: _hash(f"{op.name} {c.name}"))[: QUICK["cases"]]
+    return sorted(cheap, key=lambda c: _hash(f"{op.name} {c.name}"))
+
+
+def drawn(bug: Bug, op: Op, direction: str, store: Store) -> list[Case]:
+    """The quick form's cases of a bug: one that the stored vectors say reveals it at float32, if there is one, and others."""
+    known = _caught(store.directory).get(bug.id, {}).get("fp32", {}).get(op.name, [])
+    revealing = [c for c in sample(op) if f"{c.name}/{direction}" in known]
+    return list({c.name: c for c in (*revealing[:1], *sample(op))}.values())[: QUICK["cases"]]
+
+
+@functools.cache
+def _caught(directory: Path) -> dict[str, Caught]:
+    return caught(directory)
 
 
 def _letters(op: Op, case: Case) -> dict[str, Any]:
@@ -121,12 +133,26 @@ def run(
 def records(part: Part, store: Store) -> list[dict[str, Any]]:
     """What came of each bug of a part."""
     op, precision = op_named(part.op), precision_named(part.precision)
-    cases = sample(op) if part.quick else [c for c in op.cases if c.quick]
-    stored = [_vector(store, op, case, part.direction, precision) for case in cases]
-    found = [_record(bug, stored, part) for bug in mutants(op, part.direction, part.precision) if bug.id in part.ids]
-    if part.named and CORRECT in part.ids:  # once for an op, direction and precision
-        found += _attribute_records(stored, part)
+    whole = mutants(op, part.direction, part.precision)
+    chosen = {
+        id(b): drawn(b, op, part.direction, store) if part.quick else [c for c in op.cases if c.quick] for b in whole if b.id in part.ids
+    }
+    cases = list({c.name: c for each in chosen.values() for c in each}.values())
+    stored = {c.name: _vector(None if part.quick else store, op, c, part.direction, precision) for c in cases}
+    found = [_record(b, [stored[c.name] for c in chosen[id(b)]], part) for b in whole if b.id in part.ids]
+    if part.named and (CORRECT in part.ids or part.quick):  # what others do on these cases: once for an op, direction and precision
+        others = {b.id: b for b in whole if part.quick and b.id not in part.ids}
+        changes = {f"{name}={value}": {name: value} for c in cases for a in alternatives(op, c.attrs) for name, value in a.items()}
+        others |= {title: Bug(title, (), "", attrs=change) for title, change in changes.items()}
+        common = {"op": part.op, "direction": part.direction, "precision": part.precision}
+        found += [{**common, "other": title, "print": _prints(bug, stored.values())} for title, bug in others.items()]
     return found
+
+
+def _prints(bug: Bug, stored: Iterable[Vector]) -> dict[str, list[float] | None]:
+    """By case the fingerprint of what a bug makes of it, none where it does not apply: to tell which are one function under two names."""
+    outputs = ((v, outputs_of(bug, v)) for v in stored)
+    return {v.case.name: None if y is None else fingerprint(v, y) for v, y in outputs}
 
 
 @functools.cache
@@ -141,13 +167,13 @@ def _records_from(part: Part, directory: Path) -> list[dict[str, Any]]:
 _made: dict[tuple[str, str, str, str], Vector] = {}
 
 
-def _vector(store: Store, op: Op, case: Case, direction: str, precision: Precision) -> Vector:
-    """The stored vector, kept for the other bugs of its op: large ones are made anew whenever they are asked for."""
+def _vector(store: Store | None, op: Op, case: Case, direction: str, precision: Precision) -> Vector:
+    """The stored vector, kept for the other bugs of its op. Without a store it is made: a store makes its large ones first, all of them."""
     key = (op.name, case.name, direction, precision.name)
     if key not in _made:
         if any((op.name, direction, precision.name) != (k[0], k[2], k[3]) for k in _made):
             _made.clear()
-        _made[key] = store.get(op, case, direction, precision)
+        _made[key] = store.get(op, case, direction, precision) if store else make(op, case, direction, precision)
     return _made[key]
 
 
@@ -172,10 +198,10 @@ def _record(bug: Bug, stored: list[Vector], part: Part) -> dict[str, Any]:
     for v in stored:
         question = Question(v.op, v.direction, v.inputs, v.case.attrs, v.precision)
         plain = outputs_of(bug, v)
+        found["print"][v.case.name] = None if plain is None else fingerprint(v, plain)
         if plain is None:
             continue
         found["cases"] += 1
-        found["print"][v.case.name] = fingerprint(v, plain)
         with np.errstate(all="ignore"):
             returned, right = as_returned(question, plain), as_returned(question, v.band.truth)
             if any(not np.array_equal(_bits(returned[k].values), _bits(right[k].values)) for k in right):
@@ -208,18 +234,6 @@ def _record(bug: Bug, stored: list[Vector], part: Part) -> dict[str, Any]:
             seen = {v.case.name: [e.id for e in hidden(question, returned, v.band)] for question, returned, v in passed}
         found["filtered"] = {case: ids for case, ids in seen.items() if ids}
     return found
-
-
-def _attribute_records(stored: list[Vector], part: Part) -> list[dict[str, Any]]:
-    """The fingerprints of the other values of an op's attributes: to tell which bugs are one of them under another name."""
-    changes = {f"{name}={value}": {name: value} for v in stored for c in alternatives(v.op, v.case.attrs) for name, value in c.items()}
-    prints: dict[str, dict[str, Any]] = {name: {} for name in changes}
-    for (title, change), v in itertools.product(changes.items(), stored):
-        outputs = outputs_of(Bug("", (), "", attrs=change), v)
-        if outputs is not None:
-            prints[title][v.case.name] = fingerprint(v, outputs)
-    common = {"op": part.op, "direction": part.direction, "precision": part.precision}
-    return [{**common, "attribute": name, "print": found} for name, found in prints.items()]
 
 
 def outputs_of(bug: Bug, v: Vector, noise: Noise | None = None) -> Arrays | None:

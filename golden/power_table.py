@@ -105,31 +105,32 @@ def _count(matrix: Matrix, row: Count, record: Record, group: list[Record]) -> N
 
 
 def same(record: Record, group: Iterable[Record]) -> list[str]:
-    """The ids, and attributes' values, that are the same function as a bug on these cases; its own first."""
+    """The ids, and attributes' values, that are the same function as a bug on the cases of both; its own first."""
     found = [record["id"]]
     if record["id"] == "topk-tie-break":
         found.append("ties")
     entry = entries().get(record["id"])
     found += [f"{name}={value}" for bug in (entry.bugs if entry else ()) for name, value in bug.attrs.items()]
     for other in group:
-        id = other.get("id") or other["attribute"]
+        id = other.get("id") or other["other"]
         if id not in (*found, CORRECT) and _alike(record["print"], other["print"]):
             found.append(id)
     return found
 
 
-def _alike(ours: Mapping[str, list[float]], theirs: Mapping[str, list[float]]) -> bool:
-    """Fingerprints are triples: a norm, a product with random numbers over it, a count."""
-    if ours.keys() != theirs.keys():
-        return False
-    for case, a in ours.items():
-        b = theirs[case]
-        if len(a) != len(b) or a[2::3] != b[2::3]:
+def _alike(ours: Mapping[str, list[float] | None], theirs: Mapping[str, list[float] | None]) -> bool:
+    """On the cases of both. Fingerprints are triples: a norm, a product with random numbers over it, a count."""
+    common = ours.keys() & theirs.keys()
+    for case in common:
+        a, b = ours[case], theirs[case]
+        if a is None or b is None or len(a) != len(b) or a[2::3] != b[2::3]:
+            if a is b is None:
+                continue
             return False
         norms, products = zip(a[::3], b[::3], strict=True), zip(a[1::3], b[1::3], strict=True)
         if any(abs(x - y) > SAME * max(x, y) for x, y in norms) or any(abs(x - y) > SAME for x, y in products):
             return False
-    return True
+    return bool(common)
 
 
 def percent(part: int, whole: int) -> str:
