@@ -1,5 +1,7 @@
 """The command line: ops, verify, golden generate, dequantize, bugs, power, bench. Wrong use: one line on standard error, exit status 2."""
 
+import importlib
+import importlib.util
 import inspect
 import math
 import sys
@@ -20,8 +22,25 @@ from .precision import PRECISIONS
 from .vectors import DIRECTORY, Store, counted, directions
 
 
+# Commands in files of their own, imported when they are asked for: a command starts as fast as what it needs.
+ELSEWHERE = {
+    name: file
+    for file, names in {"cli_checkpoint": ("checkpoint", "run"), "cli_trace": ("trace",), "cli_gpu": ("probe",)}.items()
+    for name in names
+    if importlib.util.find_spec(f"{__package__}.{file}")
+}
+
+
 class OneLine(click.Group):
     """Every ValueError that names an argument is the user's to mend; everything else is a defect and keeps its traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *(ELSEWHERE if self.name == "main" else ())})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if self.name == "main" and cmd_name in ELSEWHERE:
+            return getattr(importlib.import_module(f".{ELSEWHERE[cmd_name]}", __package__), cmd_name)
+        return super().get_command(ctx, cmd_name)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
