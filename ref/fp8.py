@@ -51,7 +51,7 @@ def quantize_tile_fwd(
     is used as it is. Codes are uint8, uint16 for e5m6.
     """
     xp = xp_of(x)
-    check_quantised("fp8.quantize_tile", x, "x", tile, format)
+    check_quantised("fp8.quantize_tile", x, "x", tile)
     if axis == 0:
         (codes, scale), saved = quantize_tile_fwd(
             turned(x), recipe=recipe, tile=tile, format=format, rounding=rounding, scale=turned(scale)

@@ -42,7 +42,7 @@ def quantize_block_fwd(
     scale multiplies on dequantising (a checkpoint calls it weight_scale_inv). Edge blocks hold what is left of the matrix: 576 rows have
     5 rows of blocks. Arithmetic as in fp8.quantize_tile; NaN is refused. A given `scale` is used as it is.
     """
-    check_quantised("fp8.quantize_block", w, "w", block, format, "block")
+    check_quantised("fp8.quantize_block", w, "w", block, "block")
     rule, fmt, (o, d) = RECIPES[recipe], FORMATS[format], w.shape
     if scale is not None and tuple(scale.shape) != (-(-o // block), -(-d // block)):
         raise ValueError(f"fp8.quantize_block: scale has shape {tuple(scale.shape)}; expected {(-(-o // block), -(-d // block))}")

@@ -6,7 +6,7 @@ from .fp8 import dequantize_tile_fwd, quantize_tile_fwd
 from .fp8_accumulate import accumulator_named
 from .fp8_block import quantize_block_fwd
 from .fp8_gemm import fp8_gemm_fwd
-from .fp8_recipes import RecipeName
+from .fp8_recipes import CACHE_RECIPE, RecipeName
 from .op import Case, Op, declare, signature
 from .xp import Array, constant, exactly, xp_of
 
@@ -26,7 +26,7 @@ def fp8_linear_fwd(
     """y[n,o] = Σ_d x8[n,d] weight8[o,d],   x8 in tiles of 1×128 along d, weight8 in blocks of 128×128, E4M3, products as fp8.gemm has them
 
     x and weight are taken as float32, whatever the working dtype: a scale in float64 would be another scale. For the backward only x8 is
-    kept, or, with cache="e5m6" (the attention output, input of o_proj), x in E5M6 with power-of-two scales (tilekernels-ue8m0). What is
+    kept, or, with cache="e5m6" (the attention output, input of o_proj), x in E5M6 with power-of-two scales (CACHE_RECIPE). What is
     not finite is refused.
     """
     products = {"accumulator": accumulator, "promote": promote, "scale_order": scale_order}
@@ -36,7 +36,7 @@ def fp8_linear_fwd(
     (w_codes, w_scale), _ = quantize_block_fwd(w32, recipe=weight_recipe)  # [o,d] [⌈o/128⌉,⌈d/128⌉]
     y, _ = fp8_gemm_fwd(x_codes, constant(x, x_scale), w_codes, constant(x, w_scale), **products)  # [n,o]
     if cache == "e5m6":
-        (x_codes, x_scale), _ = quantize_tile_fwd(x32, recipe="tilekernels-ue8m0", format="e5m6")
+        (x_codes, x_scale), _ = quantize_tile_fwd(x32, recipe=CACHE_RECIPE, format="e5m6")
     return y, (x_codes, x_scale, w_codes, w_scale, recipe, products, cache)
 
 
@@ -53,7 +53,7 @@ def fp8_linear_bwd(dy: Array, saved: tuple) -> tuple[Array, Array]:
     dx, _ = fp8_gemm_fwd(codes, constant(dy, scale), w_codes.T, constant(dy, w_scale.T), **products)  # [n,d]
     kept, _ = dequantize_tile_fwd(x_codes, x_scale, format=cache)  # [n,d]
     (dy_codes, dy_scale), _ = quantize_tile_fwd(xp.permute_dims(dy32, (1, 0)), recipe=recipe)  # [o,n] [o,⌈n/128⌉]
-    again = "tilekernels-ue8m0" if cache == "e5m6" else recipe
+    again = CACHE_RECIPE if cache == "e5m6" else recipe
     (t_codes, t_scale), _ = quantize_tile_fwd(xp.permute_dims(kept, (1, 0)), recipe=again)  # [d,n] [d,⌈n/128⌉]
     if dy.shape[0] == 0:
         return dx, xp.matmul(dy.T, constant(dy, kept))  # zeros, [o,d]

@@ -60,6 +60,7 @@ RecipeName = Literal[
     "te-ue8m0",
     "mxfp4",
 ]
+CACHE_RECIPE: RecipeName = "tilekernels-ue8m0"  # of what V3 keeps in E5M6
 FP8Name = Literal["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e5m6", "e2m1"]
 
 
@@ -77,15 +78,19 @@ def inverse_scale(a: Array, top: float) -> Array:
     return xp.where(usable, inverse, xp.ones_like(inverse))
 
 
-def linear_scale(amax: Array, rule: Recipe, top: float) -> tuple[Array, Array]:
-    """a and s of each tile before any rounding to a power of two, from max |x|"""
-    xp = xp_of(amax)
-    a = xp.clip(amax, _as(amax, rule.amax_min), None)
+def clamped(amax: Array, rule: Recipe) -> Array:
+    """a = max(max |x|, amax_min) of each tile"""
+    return xp_of(amax).clip(amax, _as(amax, rule.amax_min), None)
+
+
+def linear_scale(amax: Array, rule: Recipe, top: float) -> Array:
+    """s of each tile before any rounding to a power of two, from max |x|"""
+    a = clamped(amax, rule)
     if rule.scale == "1/(M/a)":
         s = 1 / inverse_scale(a, top)
     else:
         s = a * (1 / _as(a, top)) if rule.scale == "a*(1/M)" else a / _as(a, top)
-    return a, xp.clip(s, _as(a, rule.scale_min), None)
+    return xp_of(s).clip(s, _as(a, rule.scale_min), None)
 
 
 def round_scale_up(s: Array, how: str) -> Array:
@@ -106,11 +111,11 @@ def round_scale_up(s: Array, how: str) -> Array:
 
 def scale_of(amax: Array, rule: Recipe, top: float) -> Array:
     """The scale of each tile from max |x|. Rounding 1/(M/a) up to a power of two is rounding M/a down, as TransformerEngine does."""
-    _, s = linear_scale(amax, rule, top)
+    s = linear_scale(amax, rule, top)
     if rule.power_of_two == "no":
         return s
     if rule.scale == "1/(M/a)":  # 1/i may round where i does not lie on a power of two
-        xp, i = xp_of(amax), inverse_scale(xp_of(amax).clip(amax, _as(amax, rule.amax_min), None), top)
+        xp, i = xp_of(amax), inverse_scale(clamped(amax, rule), top)
         return 1 / power_of_two(xp, floor_log2(xp, i), i.dtype, device(i))
     return round_scale_up(s, rule.power_of_two)
 
@@ -124,7 +129,7 @@ def codes_of(x: Array, amax: Array, scale: Array, rule: Recipe, fmt: Format, rou
     elif rule.scale == "1/(M/a)":
         value = x * inverse_scale(amax, fmt.max)
     else:
-        value = x * (_as(x, fmt.max) / xp_of(x).clip(amax, _as(x, rule.amax_min), None))
+        value = x * (_as(x, fmt.max) / clamped(amax, rule))
     xp = xp_of(value)
     if fmt.nan_code is None and bool(xp.any(xp.isnan(value))):  # inf/inf, 0/0
         i, j = (int(v[0]) for v in xp.nonzero(xp.isnan(value)))
@@ -138,7 +143,7 @@ def regret_of_power(amax: Array, scale: Array, recipe: str, format: str) -> Arra
     Only a recipe that goes through a rounded log2 leaves any: implementations of log2 differ in the last place.
     """
     xp, rule = xp_of(amax), RECIPES[recipe]
-    _, s = linear_scale(amax, rule, FORMATS[format].max)
+    s = linear_scale(amax, rule, FORMATS[format].max)
     never = xp.full_like(s, float("inf"))
     if rule.power_of_two != "log2":
         return never
@@ -149,7 +154,7 @@ def regret_of_power(amax: Array, scale: Array, recipe: str, format: str) -> Arra
     return xp.where(usable, gap, never)
 
 
-def check_quantised(op: str, x: Array, name: str, tile: int, format: str, what: str = "tile") -> None:
+def check_quantised(op: str, x: Array, name: str, tile: int, what: str = "tile") -> None:
     """Refuses a tile of no size and NaN."""
     xp = xp_of(x)
     if tile < 1:

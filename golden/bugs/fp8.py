@@ -45,7 +45,7 @@ def other_scale(change: Callable[[Array, Array, Recipe, dict], Array]) -> Body:
 
     def body(x: Array, amax: Array, each: Callable[[Array], Array], rule: Recipe, o: dict) -> tuple[Array, Array]:
         top = FORMATS[o["format"]].max
-        return right(x, amax, each, rule, o, change(scale_of(amax, rule, top), linear_scale(amax, rule, top)[1], rule, o))
+        return right(x, amax, each, rule, o, change(scale_of(amax, rule, top), linear_scale(amax, rule, top), rule, o))
 
     return body
 
@@ -78,7 +78,7 @@ def exponent(how: str) -> Body:
 
 def rounded_afterwards(x: Array, amax: Array, each: Callable[[Array], Array], rule: Recipe, o: dict) -> tuple[Array, Array]:
     """Codes of x over the linear scale, and the power of two above it stored."""
-    linear = linear_scale(amax, rule, FORMATS[o["format"]].max)[1]
+    linear = linear_scale(amax, rule, FORMATS[o["format"]].max)
     codes, _ = right(x, amax, each, rule, o, linear)
     return codes, right(x, amax, each, rule, o)[1]
 

@@ -60,7 +60,7 @@ def of_x(change: Callable[[Array, dict], Coded], multiply: Callable = multiplied
 
 
 def unrounded(x: Array, recipe: str) -> Array:
-    return linear_scale(tile_amax(x, 128), RECIPES[recipe], E4M3FN.max)[1]
+    return linear_scale(tile_amax(x, 128), RECIPES[recipe], E4M3FN.max)
 
 
 def told_float(x: Array, o: dict) -> Coded:

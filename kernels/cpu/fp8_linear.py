@@ -6,13 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...ref.fp8_linear import check_finite, check_linear
+from ...ref.fp8_recipes import CACHE_RECIPE
 from ._declared import declared
 from .fp8 import dequantize_tile, quantize_tile
 from .fp8_block import quantize_block
 from .fp8_gemm import fp8_gemm
 
 Array = NDArray[Any]
-CACHE_RECIPE = "tilekernels-ue8m0"  # of what is kept in E5M6
 
 
 def _checked(direction: str, arrays: dict[str, Any], attrs: dict[str, Any]) -> tuple[Any, ...]:
