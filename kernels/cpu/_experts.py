@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _grouped
+from . import _grouped, _pool
 from ._common import run
 from ._tile import VECTORS, lanes
 from .moe_permute import Plan, plan_of, rows_of
@@ -98,7 +98,7 @@ def backward(saved: Saved, dy: Array, dx: Array, out: Any = (None, None, None)) 
     dslots[plan.source] = parts.sum(axis=0)
     dws = []
     for (a, b), w, target in zip(((dgates, xs), (dups, xs), (dys, acts)), (gate, up, down), out, strict=True):
-        dw = np.empty(w.shape, x.dtype) if target is None else target
+        dw = _pool.empty(w.shape, x.dtype) if target is None else target
         run(_grouped.outer, e * -(-w.shape[1] // _grouped.TALL), _grouped.TALL * w.shape[2], a, b, first, width, dw, largest=PIECE)
         dws.append(dw)
     return dslots.reshape(topk_weight.shape), *dws

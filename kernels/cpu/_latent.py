@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _pool
 from ._attend import Part, attend, attend_bwd
-from .linear import transposed
+from .linear import product, transposed
 
 Array = NDArray[Any]
 Sizes = tuple[int, int, int, int]  # heads, dn, r, dv
@@ -55,7 +56,7 @@ class Naive:
     def backward(own: Heads, do: Array, pull: Array, dq: Array, dq_pe: Array, dk_pe: Array, out: Array | None) -> tuple[Array, Array]:
         """dc_kv[m,c], dkv_b_proj; fills dq[h,dn,n], dq_pe[h,n,r], dk_pe[m,r]"""
         dn = own.sizes[1]
-        dkv = np.empty_like(own.core[0])
+        dkv = _pool.empty(own.core[0].shape, do.dtype)
         for qs, ks in own.segments:
             parts, v = Naive.parts(own, qs, ks)
             dkv_own = dkv[:, :, ks].swapaxes(1, 2)
@@ -63,7 +64,7 @@ class Naive:
             do_own = do[:, :, qs].swapaxes(1, 2)
             attend_bwd(parts, v, do_own, own.lse[:, qs], pull[:, qs], grads, dkv_own[..., dn:], own.scale, True, BLOCK)
         flat = dkv.reshape(dkv.shape[0] * dkv.shape[1], dkv.shape[2])
-        return np.matmul(own.up.T, flat).T, np.matmul(flat, own.c_kv, out=out)
+        return product(own.up.T, flat).T, product(flat, own.c_kv, out)
 
 
 class Absorbed:
@@ -88,7 +89,7 @@ class Absorbed:
         h, dn, _, dv = sizes
         w_uk = kv_b_proj.reshape(h, dn + dv, -1)[:, :dn]
         q_c = np.matmul(q[:, :dn].swapaxes(1, 2), w_uk)
-        return q_c, np.empty_like(q_c)
+        return q_c, _pool.empty(q_c.shape, q_c.dtype)
 
     @staticmethod
     def forward(own: Heads) -> None:
@@ -109,7 +110,7 @@ class Absorbed:
             parts = Absorbed.parts(own, qs, ks)
             attend_bwd(parts, own.c_kv[ks], do_c[:, qs], own.lse[:, qs], pull[:, qs], grads, dv[ks], own.scale, True, BLOCK)
         np.matmul(w_uk, dq_c.swapaxes(1, 2), out=dq)
-        dkv_b = np.empty_like(own.up) if out is None else out
+        dkv_b = _pool.empty(own.up.shape, do.dtype) if out is None else out
         by_head = dkv_b.reshape(w_uk.shape[0], -1, w_uk.shape[2])
         np.matmul(own.q[:, :dn], dq_c, out=by_head[:, :dn])
         np.matmul(do, o_c, out=by_head[:, dn:])

@@ -14,12 +14,13 @@ from ...ref.attention_parts import check_packed
 from ...ref.mla import check_sequences, check_shapes
 from ...ref.mla_parts import WEIGHTS
 from ...ref.op import op_named
+from . import _pool
 from ._common import need
 from ._declared import declared
 from ._latent import Absorbed, Form, Heads, Naive, Sizes
 from ._step import Setting, is_step, step
 from ._turn import turn, turn_back
-from .linear import transposed
+from .linear import product, transposed
 from .norm import rmsnorm, rmsnorm_bwd
 from .rotary import positions_of, tables, yarn_of
 
@@ -94,7 +95,7 @@ def forward(form: Form, arrays: dict[str, Any], a: dict[str, Any], op: str, grou
             np.concatenate([arrays[f"{name}_cache"], new.reshape(b, s, new.shape[1])], axis=1).reshape(b * (cached + s), new.shape[1])
             for name, new in (("c_kv", c_kv), ("k_pe", k_pe))
         )
-    lse, o = np.empty((h, n), x.dtype), np.empty((h, dv, n), x.dtype)
+    lse, o = np.empty((h, n), x.dtype), _pool.empty((h, dv, n), x.dtype)
 
     def some(h0: int, h1: int) -> Heads:
         sizes, up = (h1 - h0, dn, r, dv), arrays["kv_b_proj"][h0 * (dn + dv) : h1 * (dn + dv)]
@@ -116,7 +117,7 @@ def outputs(saved: Saved) -> tuple[Array, Array, Array]:
     """y[b,s,d] and the new tokens' c_kv, k_pe"""
     b, s, d = saved.arrays["x"].shape
     w = saved.arrays["o_proj"]
-    y = np.matmul(w, saved.o.reshape(w.shape[1], b * s))
+    y = product(w, saved.o.reshape(w.shape[1], b * s))
     c_kv, k_pe = (_new(a, b, s) for a in (saved.heads.c_kv, saved.heads.k_pe))
     return np.ascontiguousarray(y.T).reshape(b, s, d), c_kv, k_pe
 
@@ -135,10 +136,10 @@ def backward(saved: Saved, dy: Array, dc_kv: Array, dk_pe: Array, out: Mapping[s
     n, x, dy = b * s, w["x"].reshape(b * s, d), dy.reshape(b * s, d)
     grads: dict[str, Array] = {}
     dyt = np.ascontiguousarray(dy.T)
-    do = np.matmul(w["o_proj"].T, dyt).reshape(h, dv, n)
-    grads["o_proj"] = np.matmul(dyt, saved.o.reshape(h * dv, n).T, out=out.get("o_proj"))
+    do = product(w["o_proj"].T, dyt).reshape(h, dv, n)
+    grads["o_proj"] = product(dyt, saved.o.reshape(h * dv, n).T, out=out.get("o_proj"))
     pull = -np.einsum("hvn,hvn->hn", do, saved.o)
-    dq, dq_pe = np.empty_like(saved.heads.q), np.empty_like(saved.heads.q_pe)
+    dq, dq_pe = _pool.empty(saved.heads.q.shape, x.dtype), np.empty_like(saved.heads.q_pe)
     dk = np.empty_like(saved.heads.k_pe)
     with np.errstate(all="ignore"):
         dc, grads["kv_b_proj"] = saved.form.backward(saved.heads, do, pull, dq[:, :dn], dq_pe, dk, out.get("kv_b_proj"))
@@ -149,19 +150,19 @@ def backward(saved: Saved, dy: Array, dc_kv: Array, dk_pe: Array, out: Mapping[s
     turn_back(dq_pe, *saved.turns, *saved.layouts, dq, dn)
     flat = dq.reshape(h * (dn + r), n)
     if saved.down is None:
-        grads["q_proj"], dx = np.matmul(flat, x, out=out.get("q_proj")), np.matmul(w["q_proj"].T, flat)
+        grads["q_proj"], dx = product(flat, x, out=out.get("q_proj")), product(w["q_proj"].T, flat)
     else:
-        grads["q_b_proj"] = np.matmul(flat, saved.c_q, out=out.get("q_b_proj"))
-        dc_q = np.ascontiguousarray(np.matmul(w["q_b_proj"].T, flat).T)
+        grads["q_b_proj"] = product(flat, saved.c_q, out=out.get("q_b_proj"))
+        dc_q = np.ascontiguousarray(product(w["q_b_proj"].T, flat).T)
         ddown, grads["q_a_layernorm"] = rmsnorm_bwd(saved.down, w["q_a_layernorm"], dc_q, eps=saved.eps)
-        grads["q_a_proj"], dx = np.matmul(ddown.T, x, out=out.get("q_a_proj")), np.matmul(w["q_a_proj"].T, ddown.T)
+        grads["q_a_proj"], dx = product(ddown.T, x, out=out.get("q_a_proj")), product(w["q_a_proj"].T, ddown.T)
     c = saved.latent.shape[1]
     dkv_a = np.empty((1, c + r, n), x.dtype)
     dlatent, grads["kv_a_layernorm"] = rmsnorm_bwd(saved.latent, w["kv_a_layernorm"], dc, eps=saved.eps)
     dkv_a[0, :c] = dlatent.T
     turn_back(dk[None], *saved.turns, *saved.layouts, dkv_a, c)
-    grads["kv_a_proj_with_mqa"] = np.matmul(dkv_a[0], x, out=out.get("kv_a_proj_with_mqa"))
-    dx += np.matmul(w["kv_a_proj_with_mqa"].T, dkv_a[0])
+    grads["kv_a_proj_with_mqa"] = product(dkv_a[0], x, out=out.get("kv_a_proj_with_mqa"))
+    dx += product(w["kv_a_proj_with_mqa"].T, dkv_a[0])
     names = (name for name in ("c_kv_cache", "k_pe_cache", *WEIGHTS) if name in grads)
     return np.ascontiguousarray(dx.T).reshape(b, s, d), *(grads[name] for name in names)
 
