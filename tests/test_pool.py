@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-
 from leadline.kernels import cpu
 from leadline.kernels.cpu import _pool
 

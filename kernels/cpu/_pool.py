@@ -28,8 +28,8 @@ def empty(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         return np.empty(shape, dtype)
     block = _take(size)
     owner = (ctypes.c_ubyte * size).from_buffer(block)
-    weakref.finalize(owner, _give_back, block, size)
-    return np.frombuffer(owner, dtype).reshape(shape)
+    weakref.finalize(owner, _give_back, block, size).atexit = False
+    return np.frombuffer(memoryview(owner), dtype).reshape(shape)
 
 
 def _take(size: int) -> mmap.mmap:
