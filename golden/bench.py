@@ -206,6 +206,7 @@ BENCHES: dict[str, Callable[[], Iterator[Bench]]] = {
     "mla.decode": beside("bench_decode", "decode"),
     "mla.decode_fp8": beside("bench_decode", "decode_fp8"),
     "mla.prefill": beside("bench_mla", "prefill"),
+    "model": beside("bench_model", "model"),
     "moe.experts": beside("bench_moe", "experts"),
     "moe.layer": beside("bench_moe", "layer"),
     "rmsnorm": rmsnorm,

@@ -161,6 +161,14 @@ def latent_cache(source: Source, shape: tuple[int, ...], layout: str, page: int,
     return cache_append_fwd(np.zeros(shape, np.uint8), c_kv, k_pe, np.arange(n), layout=layout, page_size=page)[0]
 
 
+def tiled_cache(source: Source, shape: tuple[int, ...], layout: str, page: int, c: int, r: int) -> np.ndarray:
+    """As latent_cache, but it is the channels, 64 at a time, that are of very different size: a token's scales differ"""
+    n = shape[0] * page
+    size = np.ldexp(1.0, source.integers((n, -(-c // 64)), -6, 4)).repeat(64, axis=1)[:, :c]
+    c_kv, k_pe = source.normal((n, c)) * size, source.normal((n, r))
+    return cache_append_fwd(np.zeros(shape, np.uint8), c_kv, k_pe, np.arange(n), layout=layout, page_size=page)[0]
+
+
 def stale_cache(source: Source, shape: tuple[int, ...], page: int, c: int, r: int, first: int, start: int) -> np.ndarray:
     """latent_cache of fp8_v32 whose pages from `first` on have every byte set, NaN throughout, in the tokens from `start` on"""
     cache = latent_cache(source, shape, "fp8_v32", page, c, r).reshape(shape[0], page, -1)
@@ -191,6 +199,7 @@ INTEGERS: dict[str, Draw] = {
     "positions": lambda source, shape, *values: np.resize(np.array(values), shape),
     "integers": Source.integers,
     "latent_cache": latent_cache,
+    "tiled_cache": tiled_cache,
     "experts": experts,
     "gaussian_codes": gaussian_codes,
     "positive_codes": lambda source, shape, scale: gaussian_codes(source, shape, scale) & 0x7F,

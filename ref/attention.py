@@ -5,7 +5,7 @@ from typing import Any, Literal
 from array_api_compat import device
 
 from .op import Case, Op, declare, signature
-from .xp import Array, stored, xp_of
+from .xp import Array, once, stored, wide, xp_of
 
 EmptyLse = Literal["+inf", "-inf"]
 EmptyRows = Literal["allow", "refuse"]
@@ -85,7 +85,7 @@ def attention_fwd(
     acc = xp.zeros((*qh.shape[:3], v.shape[3]), dtype=q.dtype, device=device(q)) + total
     for start in range(0, t, block):
         stop = min(start + block, t)
-        z = xp.matmul(qh, transposed(kh[:, :, start:stop, :])) * scale  # [b,g,rows,block]
+        z = xp.matmul(once(qh), transposed(kh[:, :, start:stop, :])) * scale  # [b,g,rows,block]
         seen = visible(xp, s, t, start, stop, causal, h // g, device(q))
         z = xp.where(seen, z, low)
         m_new = xp.maximum(m, xp.max(z, axis=-1, keepdims=True))
@@ -96,7 +96,7 @@ def attention_fwd(
         m = m_new
     empty = total == 0
     denominator = xp.where(empty, xp.ones_like(total), total)
-    logsum = xp.where(empty, xp.zeros_like(m), m) + xp.log(denominator)
+    logsum = wide(xp.where(empty, xp.zeros_like(m), m)) + xp.log(wide(denominator))
     oh = acc / denominator
     if sink is not None:
         oh = oh * kept_share(sink, logsum, s)
@@ -132,7 +132,7 @@ def attention_bwd(do: Array, dlse: Array, saved: tuple) -> tuple[Array, ...]:
     for start in range(0, t, block):
         stop = min(start + block, t)
         kb, vb = kh[:, :, start:stop, :], vh[:, :, start:stop, :]
-        z = xp.matmul(qh, transposed(kb)) * scale
+        z = xp.matmul(once(qh), transposed(kb)) * scale
         seen = visible(xp, s, t, start, stop, causal, h // g, device(q)) & seen_any
         p = xp.where(seen, xp.exp(xp.where(seen, z - logsum, xp.zeros_like(z))), xp.zeros_like(z))  # [b,g,rows,block]
         dz = p * (xp.matmul(doh, transposed(vb)) - delta + through_lse) * scale

@@ -32,7 +32,6 @@ IGNORED = frozenset(
         "num_key_value_heads",
         "tie_word_embeddings",
         "quantization_config",
-        "num_nextn_predict_layers",
         "_name_or_path",
         "head_dim",
         "qk_head_dim",
@@ -82,6 +81,7 @@ class Config:
     scoring_func: str = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
+    num_nextn_predict_layers: int = 0  # MTP modules, after the last layer
     scale_fmt: str | None = None  # "ue8m0": the scales of FP8 weights and activations are powers of two
 
     def attention(self) -> dict[str, Any]:
@@ -96,6 +96,14 @@ class Config:
         method = "noaux_tc" if self.topk_method == "noaux_tc" else "softmax"  # greedy and group_limited_greedy are one: n_group=1 or more
         scoring = "sqrtsoftplus" if self.scoring_func == "sqrtsoftplus" else "sigmoid"
         return {**{name: getattr(self, name) for name in shared}, "topk_method": method, "scoring": scoring}
+
+    def norms(self) -> dict[str, float]:
+        """The epsilons of a block. The latents' norms keep 1e-6, as in DeepSeek's and Hugging Face's code, whatever rms_norm_eps is."""
+        return {"rms_norm_eps": self.rms_norm_eps, "latent_norm_eps": 1e-6}
+
+    def block(self) -> dict[str, Any]:
+        """The attributes of block and model."""
+        return {**self.attention(), **self.moe(), **self.norms()}
 
     @classmethod
     def preset(cls, name: str) -> "Config":
@@ -164,6 +172,9 @@ class Config:
             raise ValueError(
                 f"{where}: num_experts_per_tok is {self.num_experts_per_tok}; expected 1 to {left}, the experts left by the groups"
             )
+        modules = self.num_nextn_predict_layers
+        if not isinstance(modules, int) or isinstance(modules, bool) or modules < 0:
+            raise ValueError(f"{where}: num_nextn_predict_layers is {modules!r}; expected 0 or a positive integer")
         if self.factor < 1:
             raise ValueError(f"{where}: rope_scaling factor is {self.factor}; expected >= 1")
 
@@ -201,7 +212,7 @@ def _check_derived(found: dict[str, Any], config: "Config", where: str) -> None:
 
 _V2 = {"vocab_size": 102400, "mscale": 0.707, "mscale_all_dim": 0.707, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy"}
 _V2 |= {"scoring_func": "softmax", "norm_topk_prob": False}
-_V3 = Config(hidden_size=7168, num_attention_heads=128)
+_V3 = Config(hidden_size=7168, num_attention_heads=128, num_nextn_predict_layers=1)
 PRESETS = {
     "v2-lite": Config(
         **{**_V2, "topk_method": "greedy"},
@@ -237,6 +248,7 @@ PRESETS = {
     "v3.1": dataclasses.replace(_V3, scale_fmt="ue8m0"),
     "kimi-k2": dataclasses.replace(
         _V3,
+        num_nextn_predict_layers=0,
         num_attention_heads=64,
         vocab_size=163840,
         first_k_dense_replace=1,
@@ -251,6 +263,7 @@ PRESETS = {
     ),
     "moonlight": dataclasses.replace(
         _V3,
+        num_nextn_predict_layers=0,
         hidden_size=2048,
         num_attention_heads=16,
         q_lora_rank=None,
@@ -270,4 +283,32 @@ PRESETS = {
         factor=1.0,
         rms_norm_eps=1e-5,
     ),
+}
+
+# Small models with every part of the large ones, for tests and fixtures. No two widths are alike, most are no multiple of 128, all are of
+# 8, which torch's grouped products of 16-bit numbers need.
+_TINY = {
+    "hidden_size": 208,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 72,
+    "q_lora_rank": 104,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "vocab_size": 1024,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 320,
+    "moe_intermediate_size": 56,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+}
+PRESETS |= {
+    "tiny-v2": dataclasses.replace(PRESETS["v2"], **_TINY),
+    "tiny-v2-lite": dataclasses.replace(PRESETS["v2-lite"], **{**_TINY, "q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "tiny-v3": dataclasses.replace(_V3, **_TINY),
+    "tiny-v3.1": dataclasses.replace(PRESETS["v3.1"], **_TINY),
+    "tiny-k2": dataclasses.replace(PRESETS["kimi-k2"], **{**_TINY, "n_routed_experts": 24, "n_group": 1, "topk_group": 1}),
 }

@@ -8,7 +8,7 @@ from .fp8_block import quantize_block_fwd
 from .fp8_gemm import fp8_gemm_fwd
 from .fp8_recipes import CACHE_RECIPE, RecipeName
 from .op import Case, Op, declare, signature
-from .xp import Array, constant, exactly, xp_of
+from .xp import Array, constant, exactly, named, xp_of
 
 
 @signature("x[n,d] weight[o,d] -> y[n,o]")
@@ -34,6 +34,8 @@ def fp8_linear_fwd(
     x32, w32 = exactly(x), exactly(weight)
     (x_codes, x_scale), _ = quantize_tile_fwd(x32, recipe=recipe)  # [n,d] [n,⌈d/128⌉]
     (w_codes, w_scale), _ = quantize_block_fwd(w32, recipe=weight_recipe)  # [o,d] [⌈o/128⌉,⌈d/128⌉]
+    for name, array in (("x_codes", x_codes), ("x_scale", x_scale), ("weight_codes", w_codes), ("weight_scale", w_scale)):
+        named(name, array)
     y, _ = fp8_gemm_fwd(x_codes, constant(x, x_scale), w_codes, constant(x, w_scale), **products)  # [n,o]
     if cache == "e5m6":
         (x_codes, x_scale), _ = quantize_tile_fwd(x32, recipe=CACHE_RECIPE, format="e5m6")

@@ -6,8 +6,12 @@ from .xp import Array, xp_of
 
 @signature("x[n,d] weight[o,d] -> y[n,o]")
 def linear_fwd(x: Array, weight: Array) -> tuple[Array, tuple]:
-    """y[n,o] = Σ_d x[n,d] weight[o,d]"""
-    return xp_of(x).matmul(x, weight.T), (x, weight)
+    """y[n,o] = Σ_d x[n,d] weight[o,d]
+
+    A weight that multiplies in a way of its own (FP8 codes and scales, say) has the method __linear__(x) -> y, for the forward alone.
+    """
+    hook = getattr(weight, "__linear__", None)
+    return xp_of(x).matmul(x, weight.T) if hook is None else hook(x), (x, weight)
 
 
 def linear_bwd(dy: Array, saved: tuple) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ from .linear import linear_bwd, linear_fwd
 from .mla_parts import WEIGHTS, Gradients, activation_bwd, attend_bwd, attend_fwd, heads_bwd, heads_fwd, stored_fwd
 from .op import Case, Op, declare, signature
 from .rope import CosSin, Layout
-from .xp import Array, stored, xp_of
+from .xp import Array, named, stored, xp_of
 from .yarn import YARN_KIMI, YARN_V2, YARN_V3, Gating, Yarn
 
 INPUTS = (
@@ -53,11 +53,11 @@ def absorbed_fwd(
     c = c_kv.shape[-1]
     up = xp.reshape(kv_b_proj, (h, dn + dv, c))
     w_uk, w_uv = up[:, :dn, :], up[:, dn:, :]  # [h,dn,c], [h,dv,c]
-    q_c = stored(xp.matmul(q_nope[..., None, :], w_uk)[..., 0, :])  # [b,s,h,c]
+    q_c = named("q_c", stored(xp.matmul(q_nope[..., None, :], w_uk)[..., 0, :]))  # [b,s,h,c]
     latent = c_kv[:, :, None, :]  # [b,t,1,c]
     k = xp.concat([latent, k_pe[:, :, None, :]], axis=-1)
     o_c, s_attention = attend_fwd(xp.concat([q_c, q_pe], axis=-1), k, latent, cu, scale)
-    o_c = stored(o_c)
+    o_c = named("o_c", stored(o_c))
     o = xp.matmul(o_c[..., None, :], xp.matrix_transpose(w_uv))[..., 0, :]  # [b,s,h,dv]
     return o, (q_nope, o_c, w_uk, w_uv, s_attention)
 
@@ -145,7 +145,7 @@ def _form(name: str, core_fwd: Any, core_bwd: Any, doc: str) -> tuple[Any, Any]:
         if c_kv_cache is not None:
             keys = [xp.concat([c_kv_cache, split[2]], axis=1), xp.concat([k_pe_cache, split[3]], axis=1)]  # [b,t+s,c], [b,t+s,r]
         o, s_core = core_fwd(*split[:2], *keys, kv_b_proj, cu_seqlens, sizes, scale)  # [b,s,h,dv]
-        y, s_out = linear_fwd(xp.reshape(stored(o), (b * s, num_attention_heads * v_head_dim)), o_proj)
+        y, s_out = linear_fwd(xp.reshape(stored(named("o", o)), (b * s, num_attention_heads * v_head_dim)), o_proj)
         return (xp.reshape(y, (b, s, d)), split[2], split[3]), (s_heads, s_core, s_out, sizes, x.shape, c_kv_cache is not None, t)
 
     def bwd(dy: Array, dc_kv: Array, dk_pe: Array, saved: tuple) -> tuple[Array, ...]:

@@ -188,6 +188,17 @@ mla_decode_fp8 = declare(
             _fp8("v4", "fp8_v4", (2, 2, 2, 5, 8, 128, 8, 2), (16, 3), "V4's layout; the values are all of the key"),
             _fp8("sink", "fp8_v4", (1, 1, 3, 3, 4, 64, 8, 2), (7,), "V4's attention sink", True),
             _fp8("flash", "fp8_v32", (1, 1, 2, 2, 64, 512, 64, 1), (37,), "FlashMLA's page and widths"),
+            *(
+                _fp8(
+                    f"tiles-{layout[4:]}",
+                    layout,
+                    (1, 1, 2, 3, 4, c, 8, 2),
+                    (6,),
+                    "a token's scales differ from tile to tile",
+                    kv_cache=("tiled_cache", layout, 4, c, 8),
+                )
+                for layout, c in (("fp8_v32", 256), ("fp8_v4", 192))
+            ),
             _fp8(
                 "unused-nan",
                 "fp8_v32",

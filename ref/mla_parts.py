@@ -7,7 +7,7 @@ from .attention_parts import attention_varlen_bwd, attention_varlen_fwd
 from .linear import linear_bwd, linear_fwd
 from .norm import rmsnorm_bwd, rmsnorm_fwd
 from .rope import rope_bwd, rope_fwd
-from .xp import Array, stored, xp_of
+from .xp import Array, named, stored, xp_of
 
 WEIGHTS = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
 Gradients = dict[str, Array | None]
@@ -23,11 +23,11 @@ def queries_fwd(x: Array, w: dict[str, Array | None], eps: float) -> tuple[Array
     """q[n,h(dn+r)] = q_proj x, or q_b_proj rmsnorm(q_a_proj x): eq. 6, 7"""
     if w["q_proj"] is not None:
         q, direct = stored_fwd(linear_fwd, x, w["q_proj"])
-        return q, (direct,)
+        return named("q", q), (direct,)
     down, s_down = stored_fwd(linear_fwd, x, w["q_a_proj"])
     c_q, s_norm = stored_fwd(rmsnorm_fwd, down, w["q_a_layernorm"], eps=eps)  # [n,q]
-    q, s_up = stored_fwd(linear_fwd, c_q, w["q_b_proj"])
-    return q, (s_down, s_norm, s_up)
+    q, s_up = stored_fwd(linear_fwd, named("c_q", c_q), w["q_b_proj"])
+    return named("q", q), (s_down, s_norm, s_up)
 
 
 def queries_bwd(dq: Array, saved: tuple, grads: Gradients) -> Array:
@@ -54,7 +54,7 @@ def latents_fwd(x: Array, positions: Array, w: dict[str, Array | None], eps: flo
     kv_a, s_down = stored_fwd(linear_fwd, x, w["kv_a_proj_with_mqa"])  # [n,c+r]
     c_kv, s_norm = stored_fwd(rmsnorm_fwd, kv_a[:, :c], w["kv_a_layernorm"], eps=eps)
     k_pe, s_rope = stored_fwd(rope_fwd, kv_a[:, None, c:], positions, **rope)  # [n,1,r]
-    return c_kv, k_pe[:, 0, :], (s_down, s_norm, s_rope)
+    return named("c_kv", c_kv), named("k_pe", k_pe[:, 0, :]), (s_down, s_norm, s_rope)
 
 
 def latents_bwd(dc_kv: Array, dk_pe: Array, saved: tuple, grads: Gradients) -> Array:
@@ -73,6 +73,7 @@ def heads_fwd(
     q, s_q = queries_fwd(x, w, eps)
     q = xp_of(q).reshape(q, (x.shape[0], h, dn + r))
     q_pe, s_rope = stored_fwd(rope_fwd, q[:, :, dn:], positions, **rope)
+    named("q_pe", q_pe)
     c_kv, k_pe, s_kv = latents_fwd(x, positions, w, eps, rope)
     return q[:, :, :dn], q_pe, c_kv, k_pe, (s_q, s_rope, s_kv)
 

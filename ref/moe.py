@@ -1,17 +1,18 @@
 """DeepSeekMoE: grouped experts, and the layer of gate, routed and shared experts. Spec §3; DeepSeek-V3 paper eq. 12-16."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from array_api_compat import device
 
 from .linear import linear_bwd, linear_fwd
 from .moe_permute import plan_of, rows_at, sum_slots
-from .op import Case, Op, declare, signature
+from .op import Case, Op, attributes_of, declare, signature
 from .router import GateDtype, Scoring, router_noaux_tc_bwd, router_noaux_tc_fwd, selection_regret
 from .router_softmax import router_softmax_bwd, router_softmax_fwd, softmax_regret
 from .selection import MaskFill, check_chosen
 from .swiglu import Silu, check_limit, swiglu_bwd, swiglu_fwd
-from .xp import Array, stored, xp_of
+from .xp import Array, named, stored, xp_of
 
 TopkMethod = Literal["noaux_tc", "softmax"]
 
@@ -38,26 +39,26 @@ def mlp_bwd(dy: Array, saved: tuple) -> tuple[Array, Array, Array, Array, Array 
     return stored(dx_gate) + stored(dx_up), dw_gate, dw_up, dw_down, dweight
 
 
-@signature("x[n,d] topk_idx[n,k]:index topk_weight[n,k] w_gate[e,f,d] w_up[e,f,d] w_down[e,d,f] -> y[n,d]")
-def moe_experts_fwd(
+Expert = Callable[[int], tuple[Array, Array, Array]]  # w_gate[f,d], w_up[f,d] and w_down[d,f] of one expert
+
+
+def experts_by(
     x: Array,
     topk_idx: Array,
     topk_weight: Array,
-    w_gate: Array,
-    w_up: Array,
-    w_down: Array,
+    e: int,
+    expert: Expert,
     *,
     weight_before_down: bool = False,
     limit: float | None = None,
     silu: Silu = "float32",
+    keep: bool = True,
 ) -> tuple[Array, tuple]:
-    """y[n] = Σ_k topk_weight[n,k] FFN_{topk_idx[n,k]}(x[n]),   FFN_e(x) = w_down[e] (silu(w_gate[e] x) ⊙ w_up[e] x)   (V3 eq. 12)
+    """y[n] = Σ_k topk_weight[n,k] FFN_{topk_idx[n,k]}(x[n]): expert(i) is asked for once, and only if it has tokens
 
-    weight_before_down=True multiplies the activation by the weight, before w_down (V4, TileKernels): the same in exact arithmetic. Tokens
-    are sorted by expert, so each expert is one product over all its tokens; slots are added in their order. -1 is a slot that goes nowhere.
-    limit and silu as in swiglu.
+    With keep=False nothing is saved, so that no more than one expert's weights are alive at a time.
     """
-    xp, e = xp_of(x), w_gate.shape[0]
+    xp = xp_of(x)
     check_limit("moe.experts", limit)
     check_chosen("moe.experts", topk_idx, x.shape[0], topk_idx.shape[1], e, least=-1)
     counts, source, place = plan_of(topk_idx, e, 1)
@@ -71,17 +72,19 @@ def moe_experts_fwd(
         ends = rows.stop
         if rows.start < rows.stop:
             own = None if weight is None else weight[rows, :]
-            y_i, part = mlp_fwd(x_sorted[rows, :], w_gate[i, ...], w_up[i, ...], w_down[i, ...], limit, silu, own)
+            y_i, part = mlp_fwd(x_sorted[rows, :], *expert(i), limit, silu, own)
             y_sorted.append(y_i)
-            parts.append((i, rows, part))
+            if keep:
+                parts.append((i, rows, part))
+            part = None  # else it would hold on to this expert's weights while the next one's are read
     y_sorted = xp.concat(y_sorted, axis=0)  # [m,d]
     y = sum_slots(y_sorted, place, None if weight_before_down else topk_weight)
-    return y, (y_sorted, topk_weight, source, place, parts, (w_gate, w_up, w_down), weight_before_down)
+    return y, (y_sorted, topk_weight, source, place, parts, weight_before_down)
 
 
-def moe_experts_bwd(dy: Array, saved: tuple) -> tuple[Array, ...]:
-    """dx[n] = Σ_k dx_sorted,   dtopk_weight[n,k] = Σ_d dy y_sorted,   dw[e] from expert e's own rows: exactly 0 without tokens"""
-    y_sorted, topk_weight, source, place, parts, weights, weight_before_down = saved
+def experts_by_bwd(dy: Array, saved: tuple) -> tuple[Array, Array, dict[int, tuple[Array, Array, Array]]]:
+    """dx[n] = Σ_k dx_sorted,   dtopk_weight[n,k] = Σ_d dy y_sorted,   and the weights' gradients of every expert that has tokens"""
+    y_sorted, topk_weight, source, place, parts, weight_before_down = saved
     xp, (n, k) = xp_of(dy), place.shape
     dy_sorted = rows_at(dy, source // max(k, 1))  # [m,d]
     if weight_before_down:
@@ -90,27 +93,54 @@ def moe_experts_bwd(dy: Array, saved: tuple) -> tuple[Array, ...]:
         slots = [xp.sum(dy * rows_at(y_sorted, place[:, j]), axis=-1) for j in range(k)]
         dtopk_weight = xp.stack(slots, axis=1) if slots else 0 * topk_weight
         dy_sorted = stored(dy_sorted * rows_at(xp.reshape(topk_weight, (n * k, 1)), source))
-    dx_sorted, dweights = [0 * dy_sorted[:0, :]], [0 * topk_weight[:0, :1]]
-    dws: list[list[Array]] = [[], [], []]
-    empty = [xp.zeros_like(w[:1, ...]) for w in weights]
-    filled = {i: (rows, part) for i, rows, part in parts}
-    for i in range(weights[0].shape[0]):
-        if i not in filled:
-            for dw, zero in zip(dws, empty, strict=True):
-                dw.append(zero)
-            continue
-        rows, part = filled[i]
-        dx_i, *dw_i, dweight = mlp_bwd(dy_sorted[rows, :], part)
+    dx_sorted, dweights, dw = [0 * dy_sorted[:0, :]], [0 * topk_weight[:0, :1]], {}
+    for i, rows, part in parts:
+        dx_i, dw_gate, dw_up, dw_down, dweight = mlp_bwd(dy_sorted[rows, :], part)
+        dw[i] = dw_gate, dw_up, dw_down
         dx_sorted.append(dx_i)
         if dweight is not None:
             dweights.append(dweight)
-        for dw, g in zip(dws, dw_i, strict=True):
-            dw.append(g[None, ...])
     if dtopk_weight is None:
         flat = rows_at(xp.concat(dweights, axis=0), xp.reshape(place, (n * k,)))
         dtopk_weight = xp.reshape(flat, (n, k))
-    dx = sum_slots(xp.concat(dx_sorted, axis=0), place, None)
-    return dx, dtopk_weight, *(xp.concat(dw, axis=0) if dw else 0 * w for dw, w in zip(dws, weights, strict=True))
+    return sum_slots(xp.concat(dx_sorted, axis=0), place, None), dtopk_weight, dw
+
+
+@signature("x[n,d] topk_idx[n,k]:index topk_weight[n,k] w_gate[e,f,d] w_up[e,f,d] w_down[e,d,f] -> y[n,d]")
+@attributes_of(experts_by)
+def moe_experts_fwd(
+    x: Array, topk_idx: Array, topk_weight: Array, w_gate: Array, w_up: Array, w_down: Array, **attrs: Any
+) -> tuple[Array, tuple]:
+    """y[n] = Σ_k topk_weight[n,k] FFN_{topk_idx[n,k]}(x[n]),   FFN_e(x) = w_down[e] (silu(w_gate[e] x) ⊙ w_up[e] x)   (V3 eq. 12)
+
+    weight_before_down=True multiplies the activation by the weight, before w_down (V4, TileKernels): the same in exact arithmetic. Tokens
+    are sorted by expert, so each expert is one product over all its tokens; slots are added in their order. -1 is a slot that goes nowhere.
+    limit and silu as in swiglu.
+    """
+    weights = w_gate, w_up, w_down
+    y, saved = experts_by(x, topk_idx, topk_weight, w_gate.shape[0], stacked(*weights), **attrs)
+    return y, (*saved[:5], weights, saved[5])
+
+
+def moe_experts_bwd(dy: Array, saved: tuple) -> tuple[Array, ...]:
+    """dx[n] = Σ_k dx_sorted,   dtopk_weight[n,k] = Σ_d dy y_sorted,   dw[e] from expert e's own rows: exactly 0 without tokens"""
+    *parts, weights, weight_before_down = saved
+    dx, dtopk_weight, filled = experts_by_bwd(dy, (*parts, weight_before_down))
+    e = weights[0].shape[0]
+    return dx, dtopk_weight, *(stack_of([filled[i][j] if i in filled else None for i in range(e)], w) for j, w in enumerate(weights))
+
+
+def stacked(w_gate: Array, w_up: Array, w_down: Array) -> Expert:
+    return lambda i: (w_gate[i, ...], w_up[i, ...], w_down[i, ...])
+
+
+def stack_of(gradients: list[Array | None], like: Array) -> Array:
+    """The gradients one after the other, zeros for those that are missing"""
+    if not gradients:
+        return 0 * like
+    xp = xp_of(like)
+    zero = xp.zeros_like(like[0, ...])
+    return xp.stack([zero if g is None else g for g in gradients], axis=0)
 
 
 LAYER = (
@@ -129,17 +159,12 @@ def route(logits: Array, bias: Array | None, method: TopkMethod, common: dict[st
     return router_softmax_fwd(logits, **common)
 
 
-@signature(LAYER)
-def moe_layer_fwd(
+def layer_by(
     x: Array,
     gate_weight: Array,
     e_score_correction_bias: Array | None,
-    w_gate: Array,
-    w_up: Array,
-    w_down: Array,
-    shared_gate: Array | None,
-    shared_up: Array | None,
-    shared_down: Array | None,
+    shared: list[Array],
+    expert: Expert,
     *,
     num_experts_per_tok: int = 8,
     n_group: int = 8,
@@ -155,16 +180,9 @@ def moe_layer_fwd(
     limit: float | None = None,
     silu: Silu = "float32",
     topk_idx: Array | None = None,
+    keep: bool = True,
 ) -> tuple[tuple[Array, Array], tuple]:
-    """y[n] = FFN_shared(x[n]) + Σ_k topk_weight[n,k] FFN_{topk_idx[n,k]}(x[n]),   topk of the router of gate_weight x   (V3 eq. 12-16)
-
-    Without the residual. The shared experts are one FFN of their joint width, unweighted. topk_method="noaux_tc" is router.noaux_tc (no
-    bias: zeros), "softmax" router.softmax. The gate's product is float32 even where activations have 16 bits. limit and silu as in swiglu,
-    weight_before_down as in moe.experts, the rest as in the routers. A given topk_idx is kept as the choice.
-    """
-    shared = [w for w in (shared_gate, shared_up, shared_down) if w is not None]
-    if len(shared) not in (0, 3):
-        raise ValueError(f"moe.layer: {len(shared)} of shared_gate, shared_up and shared_down are given; expected all or none")
+    """The layer with the routed experts one by one, as experts_by; shared is empty, or the three weights of the shared experts."""
     common = {
         "k": num_experts_per_tok,
         "n_group": n_group,
@@ -176,19 +194,21 @@ def moe_layer_fwd(
         "topk_idx": topk_idx,
     }
     logits, s_logits = linear_fwd(x, gate_weight)  # [n,e]
-    (idx, weight), s_router = route(logits, e_score_correction_bias, topk_method, common, {"scoring": scoring, "gate_dtype": gate_dtype})
-    y, s_experts = moe_experts_fwd(x, idx, weight, w_gate, w_up, w_down, weight_before_down=weight_before_down, limit=limit, silu=silu)
+    noaux = {"scoring": scoring, "gate_dtype": gate_dtype}
+    (idx, weight), s_router = route(named("logits", logits), e_score_correction_bias, topk_method, common, noaux)
+    how = {"weight_before_down": weight_before_down, "limit": limit, "silu": silu, "keep": keep}
+    y, s_experts = experts_by(x, idx, named("topk_weight", weight), gate_weight.shape[0], expert, **how)
     s_shared = None
     if shared:
         y_shared, s_shared = mlp_fwd(x, shared[0], shared[1], shared[2], limit, silu, None)
-        y = stored(y) + y_shared
+        y = stored(named("routed", y)) + named("shared", y_shared)
     return (y, idx), (s_logits, s_router, s_experts, s_shared, topk_method)
 
 
-def moe_layer_bwd(dy: Array, saved: tuple) -> tuple[Array, ...]:
-    """dx = Σ over the gate, the routed and the shared experts; gradients of every weight, none to the bias, none through the choice"""
+def layer_by_bwd(dy: Array, saved: tuple, experts_bwd: Callable = experts_by_bwd) -> tuple:
+    """dx, dgate_weight, the routed experts' gradients as experts_bwd has them, those of the shared experts"""
     s_logits, s_router, s_experts, s_shared, method = saved
-    dx, dtopk_weight, *dw = moe_experts_bwd(dy, s_experts)
+    dx, dtopk_weight, *dw = experts_bwd(dy, s_experts)
     dlogits = (router_noaux_tc_bwd if method == "noaux_tc" else router_softmax_bwd)(dtopk_weight, s_router)
     dx_gate, dgate_weight = linear_bwd(dlogits, s_logits)
     dx = stored(dx) + stored(dx_gate)
@@ -196,6 +216,39 @@ def moe_layer_bwd(dy: Array, saved: tuple) -> tuple[Array, ...]:
         return dx, dgate_weight, *dw
     dx_shared, *dshared, _ = mlp_bwd(dy, s_shared)
     return dx + dx_shared, dgate_weight, *dw, *dshared
+
+
+@signature(LAYER)
+@attributes_of(layer_by)
+def moe_layer_fwd(
+    x: Array,
+    gate_weight: Array,
+    e_score_correction_bias: Array | None,
+    w_gate: Array,
+    w_up: Array,
+    w_down: Array,
+    shared_gate: Array | None,
+    shared_up: Array | None,
+    shared_down: Array | None,
+    **attrs: Any,
+) -> tuple[tuple[Array, Array], tuple]:
+    """y[n] = FFN_shared(x[n]) + Σ_k topk_weight[n,k] FFN_{topk_idx[n,k]}(x[n]),   topk of the router of gate_weight x   (V3 eq. 12-16)
+
+    Without the residual. The shared experts are one FFN of their joint width, unweighted. topk_method="noaux_tc" is router.noaux_tc (no
+    bias: zeros), "softmax" router.softmax. The gate's product is float32 even where activations have 16 bits. limit and silu as in swiglu,
+    weight_before_down as in moe.experts, the rest as in the routers. A given topk_idx is kept as the choice.
+    """
+    shared = [w for w in (shared_gate, shared_up, shared_down) if w is not None]
+    if len(shared) not in (0, 3):
+        raise ValueError(f"moe.layer: {len(shared)} of shared_gate, shared_up and shared_down are given; expected all or none")
+    weights = w_gate, w_up, w_down
+    out, (s_logits, s_router, s_experts, *rest) = layer_by(x, gate_weight, e_score_correction_bias, shared, stacked(*weights), **attrs)
+    return out, (s_logits, s_router, (*s_experts[:5], weights, s_experts[5]), *rest)
+
+
+def moe_layer_bwd(dy: Array, saved: tuple) -> tuple[Array, ...]:
+    """dx = Σ over the gate, the routed and the shared experts; gradients of every weight, none to the bias, none through the choice"""
+    return layer_by_bwd(dy, saved, moe_experts_bwd)
 
 
 def layer_regret(

@@ -96,6 +96,24 @@ def signature(sig: str) -> Callable[[Callable], Callable]:
     return wrap
 
 
+def keywords(fn: Callable) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a function"""
+    return {name: p for name, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def attributes_of(*parts: Callable, without: Collection[str] = ("keep",)) -> Callable[[Callable], Callable]:
+    """Gives fn(*arrays, **attrs) the keyword-only parameters of its parts, each once, then its own: those it hands on are written once."""
+
+    def wrap(fn: Callable) -> Callable:
+        every = {name: p for part in (*parts, fn) for name, p in keywords(part).items() if name not in without}
+        mine = inspect.signature(fn)
+        arrays = [p for p in mine.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
+        fn.__signature__ = mine.replace(parameters=[*arrays, *every.values()])  # type: ignore[attr-defined]
+        return fn
+
+    return wrap
+
+
 def bind(op: str, tensors: tuple[Tensor, ...], arrays: Mapping[str, Array]) -> dict[str, int]:
     """The value of every letter, or a ValueError that names the array that does not fit."""
     letters: dict[str, int] = {}
@@ -189,8 +207,7 @@ class Op:
     def attrs(self) -> dict[str, inspect.Parameter]:
         """The attributes: forward's keyword-only parameters, less a decision that is handed back."""
         names = {t.name for t in self.outputs}
-        parameters = inspect.signature(self.fwd).parameters.items()
-        return {name: p for name, p in parameters if p.kind is p.KEYWORD_ONLY and name not in names}
+        return {name: p for name, p in keywords(self.fwd).items() if name not in names}
 
     @property
     def defaults(self) -> dict[str, Any]:

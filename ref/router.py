@@ -6,7 +6,7 @@ from .cast import round_to
 from .formats import BF16
 from .op import Case, Op, declare, signature
 from .selection import MaskFill, check_chosen, check_finite, check_sizes, choose, regret, weigh, weigh_bwd
-from .xp import Array, xp_of
+from .xp import Array, named, xp_of
 
 Scoring = Literal["sigmoid", "softmax", "sqrtsoftplus"]
 GateDtype = Literal["float32", "bfloat16"]
@@ -70,7 +70,7 @@ def router_noaux_tc_fwd(
     """
     check_sizes("router.noaux_tc", logits.shape[1], k, n_group, topk_group, best=2)
     check_finite("router.noaux_tc", logits=logits, bias=bias)
-    s = gate_scores(logits, scoring, gate_dtype)  # [n,e]
+    s = named("scores", gate_scores(logits, scoring, gate_dtype))  # [n,e]
     if topk_idx is None:
         topk_idx = choose(s + bias, k, n_group, topk_group, 2, mask_fill)
     else:

@@ -5,7 +5,7 @@ from typing import Any
 from .op import Case, Op, declare, signature
 from .router import scores_bwd, scores_of
 from .selection import MaskFill, check_chosen, check_finite, check_sizes, choose, regret, weigh, weigh_bwd
-from .xp import Array
+from .xp import Array, named
 
 
 @signature("logits[n,e] -> topk_idx[n,k]:index topk_weight[n,k]")
@@ -29,7 +29,7 @@ def router_softmax_fwd(
     """
     check_sizes("router.softmax", logits.shape[1], k, n_group, topk_group, best=1)
     check_finite("router.softmax", logits=logits)
-    s = scores_of(logits, "softmax")  # [n,e]
+    s = named("scores", scores_of(logits, "softmax"))  # [n,e]
     if topk_idx is None:
         topk_idx = choose(s, k, n_group, topk_group, 1, mask_fill)
     else:

@@ -1,5 +1,8 @@
 """One text, every array: the namespace of an array, exact powers of two, and the places where an implementation rounds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from array_api_compat import array_namespace, device
@@ -71,3 +74,43 @@ def stored(x: Array, any_unit: bool = False) -> Array:
     """
     hook = getattr(x, "__stored__", None)
     return x if hook is None else hook(any_unit)
+
+
+def wide(x: Array) -> Array:
+    """x for arithmetic in float32 at least, even where every operation is claimed to round to 16 bits: what rows are normalised by."""
+    hook = getattr(x, "__wide__", None)
+    return x if hook is None else hook()
+
+
+def once(x: Array) -> Array:
+    """Marks what a backward computes again only to save memory: an implementation that rounds every operation has kept it.
+
+    The identity on plain arrays, and where float32 operations err alone (a fused backward does compute it anew, in another order). On
+    arrays that simulate a precision of 16-bit operations, what is computed of it rounds the same each time.
+    """
+    hook = getattr(x, "__once__", None)
+    return x if hook is None else hook()
+
+
+_record: ContextVar[dict[str, Array] | None] = ContextVar("record", default=None)
+
+
+def named(name: str, x: Array) -> Array:
+    """x: an intermediate that an implementation may show under this name. Nothing happens to it; recording() sees it."""
+    record = _record.get()
+    if record is not None:
+        record[name] = x if name not in record else None  # one name for two arrays says nothing
+    return x
+
+
+@contextmanager
+def recording() -> Iterator[dict[str, Array]]:
+    """The named intermediates of what is computed in it, in their order."""
+    record: dict[str, Array] = {}
+    token = _record.set(record)
+    try:
+        yield record
+    finally:
+        _record.reset(token)
+        for name in [name for name, x in record.items() if x is None]:
+            del record[name]

@@ -31,8 +31,9 @@ def in_float64(inputs: Arrays) -> Arrays:
 
 
 def has_derivative(attrs: Any) -> bool:
-    """A gate that rounds its scores to bfloat16 is a staircase; its backward passes straight through, by definition."""
-    return attrs.get("gate_dtype") != "bfloat16"
+    """A gate that rounds its scores to bfloat16 is a staircase; its backward passes straight through, by definition. A detached head's
+    backward leaves out a part of the derivative, by definition."""
+    return attrs.get("gate_dtype") != "bfloat16" and not attrs.get("detach_head")
 
 
 def on_a_kink(q: strategies.Drawn) -> bool:

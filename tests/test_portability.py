@@ -219,6 +219,8 @@ def imported(source: str) -> Iterator[str]:
 
 
 STANDARD = {
+    "contextlib",
+    "contextvars",
     "collections.abc",
     "dataclasses",
     "difflib",

@@ -13,7 +13,8 @@ from ._weights import E4M3FN, dequantize_weight, rows_to_float32
 from .matvec import FEW, LONG, _rows
 
 PIECE = 1 << 16  # elements decoded at a time: half of a core's cache
-MANY = 8 * FEW  # vectors, from which on one decoded weight and one BLAS product are faster
+SLAB = 1 << 21  # and where BLAS multiplies
+MANY = 8 * FEW  # vectors, from which on BLAS is faster
 
 
 # Editing rows_to_float32 or _rows: Numba's cache of this does not notice; touch this file as well.
@@ -48,10 +49,22 @@ def coded_linear(x: NDArray[np.float32], codes: NDArray[np.uint8], scale: NDArra
     shape = tuple(-(-n // block) for n in codes.shape)
     need(scale.shape == shape, op, "scale", f"of shape {scale.shape}", f"shape {shape} for codes of shape {codes.shape} and block={block}")
     if len(x) >= MANY:
-        return np.matmul(x, dequantize_weight(codes, scale, block=block).T)
+        return _by_blas(x, codes, scale, block)
     o, d = codes.shape
     y = np.empty((len(x), o), np.float32)
     height = max(TALL, PIECE // max(d, 1) // TALL * TALL)
     tall = min(len(x), FEW) * d * 4 >= LONG
     run(_product, o, d * max(len(x) // FEW, 1), codes, scale, x, block, E4M3FN, height, FEW, ACROSS * lanes(4), tall, y)
+    return y
+
+
+def _by_blas(x: NDArray[np.float32], codes: NDArray[np.uint8], scale: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+    """coded_linear with many vectors: whole blocks decoded into one buffer, one BLAS product each."""
+    o, d = codes.shape
+    high = max(1, SLAB // max(d * block, 1)) * block
+    decoded, y = np.empty((min(high, o), d), np.float32), np.empty((len(x), o), np.float32)
+    for i in range(0, o, high):
+        rows = min(high, o - i)
+        w = dequantize_weight(codes[i : i + rows], scale[i // block : -(-(i + rows) // block)], block=block, out=decoded[:rows])
+        np.matmul(x, w.T, out=y[:, i : i + rows])
     return y

@@ -167,10 +167,11 @@ def backward(saved: Saved, dy: Array, dc_kv: Array, dk_pe: Array, out: Mapping[s
     return np.ascontiguousarray(dx.T).reshape(b, s, d), *(grads[name] for name in names)
 
 
-def prefill_saving(**given: Any) -> tuple[tuple[Array, Array, Array], Saved]:
-    """mla_prefill's outputs, and what `backward` takes: a training step computes the forward once."""
+def prefill_saving(absorbed: bool = False, **given: Any) -> tuple[tuple[Array, Array, Array], Saved]:
+    """mla_prefill's outputs (or mla_absorb's), and what `backward` takes: a training step computes the forward once."""
     arrays = {t.name: given.pop(t.name, None) for t in op_named("mla.prefill").inputs}
-    saved = forward(Naive, *_checked(Naive, "forward", arrays, given), group=0)
+    form = Absorbed if absorbed else Naive
+    saved = forward(form, *_checked(form, "forward", arrays, given), group=0)
     return outputs(saved), saved
 
 

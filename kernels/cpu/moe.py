@@ -70,14 +70,17 @@ class Saved(NamedTuple):
     shared: _experts.Saved | None
 
 
-def _layer(direction: str, arrays: dict[str, Any], attrs: dict[str, Any], keep: bool) -> tuple[Array, Array, Saved]:
-    """y, topk_idx; all checks come first. A topk_idx among the arrays is kept."""
+def _layer(
+    direction: str, arrays: dict[str, Any], attrs: dict[str, Any], keep: bool, topk_idx: Array | None = None
+) -> tuple[Array, Array, Saved]:
+    """y, topk_idx; all checks come first. A topk_idx that is given is kept."""
     op = "moe.layer"
     present = [name for name in SHARED if arrays[name] is not None]
     need(len(present) in (0, 3), op, " and ".join(present), "given", "all of shared_gate, shared_up and shared_down, or none")
     arrays, a, letters = declared(op, direction, arrays, attrs, (*EXPERTS, *SHARED))
     limit_of(op, a["limit"], arrays["x"].dtype)
-    x, k, topk_idx = arrays["x"], a["num_experts_per_tok"], arrays.get("topk_idx")
+    x, k = arrays["x"], a["num_experts_per_tok"]
+    topk_idx = arrays.get("topk_idx") if topk_idx is None else topk_idx
     if topk_idx is not None:
         check_chosen(op, topk_idx, letters["n"], k, letters["e"])
     routed: dict[str, Any] = {"logits": np.matmul(x, arrays["gate_weight"].T), "k": k, **{name: a[name] for name in COMMON}}
@@ -114,10 +117,10 @@ def backward(saved: Saved, dy: Array, out: Any = None) -> tuple[Array, ...]:
     return dx, dgate_weight, *dw
 
 
-def layer_saving(**given: Any) -> tuple[tuple[Array, Array], Saved]:
-    """moe_layer's outputs, and what `backward` takes: a training step computes the forward once."""
+def layer_saving(topk_idx: Array | None = None, **given: Any) -> tuple[tuple[Array, Array], Saved]:
+    """moe_layer's outputs, and what `backward` takes: a training step computes the forward once. A topk_idx that is given is kept."""
     arrays = {t.name: given.pop(t.name, None) for t in op_named("moe.layer").inputs}
-    y, idx, saved = _layer("forward", arrays, given, True)
+    y, idx, saved = _layer("forward", arrays, given, True, topk_idx)
     return (y, idx), saved
 
 

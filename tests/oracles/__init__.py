@@ -8,7 +8,28 @@ from functools import partial
 
 import numpy as np
 
-from . import attention, balance, cache, cast, decode, eplb, fp8_gemm, fp8_linear, linear, mla, moe, norm, pack, quantize, rope, router
+from . import (
+    attention,
+    balance,
+    block,
+    cache,
+    cast,
+    decode,
+    eplb,
+    fp8_gemm,
+    fp8_linear,
+    linear,
+    loss,
+    mla,
+    model,
+    moe,
+    mtp,
+    norm,
+    pack,
+    quantize,
+    rope,
+    router,
+)
 from .floats import CAST_FORMATS
 
 Oracle = Callable[[dict[str, np.ndarray], dict], dict[str, np.ndarray]]
@@ -66,6 +87,18 @@ ORACLES: dict[tuple[str, str], Oracle] = {
     ("mla.decode_fp8", "forward"): decode.fp8,
     ("cache.append", "forward"): cache.append,
     ("cache.read", "forward"): cache.read,
+    ("cross_entropy", "forward"): loss.cross_entropy,
+    ("cross_entropy", "backward"): loss.cross_entropy_backward,
+    ("embedding", "forward"): loss.embedding,
+    ("embedding", "backward"): loss.embedding_backward,
+    ("block", "forward"): block.forward,
+    ("block", "backward"): block.backward,
+    ("mtp", "forward"): mtp.forward,
+    ("mtp", "backward"): mtp.backward,
+    ("mtp.loss", "forward"): mtp.loss,
+    ("mtp.loss", "backward"): mtp.loss_backward,
+    ("model", "forward"): model.forward,
+    ("model", "backward"): model.backward,
 }
 for _name in CAST_FORMATS:
     ORACLES[f"cast.{_name}", "forward"] = partial(cast.cast, _name)
@@ -79,6 +112,7 @@ __all__ = [
     "Oracle",
     "attention",
     "balance",
+    "block",
     "cache",
     "cast",
     "decode",
@@ -86,8 +120,11 @@ __all__ = [
     "fp8_gemm",
     "fp8_linear",
     "linear",
+    "loss",
     "mla",
+    "model",
     "moe",
+    "mtp",
     "norm",
     "pack",
     "quantize",
