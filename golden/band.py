@@ -143,29 +143,38 @@ def truth_of(op: Op, direction: str, inputs: Arrays, attrs: Mapping[str, Any]) -
         return {name: np.asarray(y) for name, y in op.run(direction, arrays, attrs).items()}
 
 
+def spread_of(exact: np.ndarray, runs: np.ndarray, precision: Precision) -> tuple[np.ndarray, dict[str, float]]:
+    """σ and the limits of one array, from its truth and its runs."""
+    finite = np.isfinite(exact)
+    truth = np.where(finite, exact, 0.0)
+    raw = np.where(finite & np.isfinite(runs), runs - truth, 0.0)
+    floor = floor_of(precision, exact, np.any(raw != 0, axis=0))
+    errors = np.where(finite, round_to(precision.io, runs, overflow="nan") - truth, 0.0)
+    errors = np.where(np.isfinite(errors), errors, 0.0)
+    size, units = scaled(raw)
+    return np.hypot(size * np.sqrt(np.mean(units * units, axis=0)), floor), limits_of(errors, raw, floor, truth)
+
+
 def band_of(
-    op: Op, direction: str, inputs: Arrays, attrs: Mapping[str, Any], precision: Precision, choice: np.ndarray | None = None
+    op: Op,
+    direction: str,
+    inputs: Arrays,
+    attrs: Mapping[str, Any],
+    precision: Precision,
+    choice: np.ndarray | None = None,
+    truth: Arrays | None = None,
 ) -> Band:
-    """Truth, σ and limits for these inputs. With a decision given, for that decision; without, for the reference's own."""
+    """Truth, σ and limits for these inputs. With a decision given, for that decision; without, for the reference's own. A truth that is
+    known already is not computed again."""
     given = {op.choice[0]: choice} if op.choice and choice is not None else {}
-    truth = truth_of(op, direction, {**inputs, **given}, attrs)
-    band = Band(truth)
+    band = Band(truth_of(op, direction, {**inputs, **given}, attrs) if truth is None else dict(truth))
     _, outputs = op.signature_of(direction, inputs)
     names = [t.name for t in outputs if t.kind == "real"]
     if not names:
         return band
     if op.choice:
-        given = {op.choice[0]: inputs[op.choice[0]] if op.choice[0] in inputs else truth[op.choice[0]]}
+        given = {op.choice[0]: inputs[op.choice[0]] if op.choice[0] in inputs else band.truth[op.choice[0]]}
     runs = scatter(reference_run(op, direction, attrs), {**inputs, **given}, precision, names)
     for name in names:
-        exact = truth[name]
-        finite = np.isfinite(exact)
-        raw = np.where(finite & np.isfinite(runs[name]), runs[name] - np.where(finite, exact, 0.0), 0.0)
-        floor = floor_of(precision, exact, np.any(raw != 0, axis=0))
-        errors = round_to(precision.io, runs[name], overflow="nan") - np.where(finite, exact, 0.0)
-        errors = np.where(finite, errors, 0.0)
-        errors = np.where(np.isfinite(errors), errors, 0.0)
-        size, units = scaled(raw)
-        band.sigma[name] = np.hypot(size * np.sqrt(np.mean(units * units, axis=0)), floor)
-        band.limits[name] = limits_of(errors, raw, floor, np.where(finite, exact, 0.0))
+        band.sigma[name], band.limits[name] = spread_of(band.truth[name], runs[name], precision)
     return band

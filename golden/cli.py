@@ -96,14 +96,21 @@ OP_COLUMNS = ["op", "backward", "vectors", "kernels", "signature"]
 
 
 def op_rows() -> Iterator[list[str]]:
-    """What the op table says: name, whether it has a backward, stored vectors, which kernels there are, signature."""
-    from .subject import load
+    """What the op table says: name, whether it has a backward, stored vectors, which kernels there are, signature.
 
-    kernels, stored = load("kernels.cpu"), counted()
+    gpu (simulated): no GPU has run that kernel yet.
+    """
+    from .subject import Subject, load
+
+    stored, gpu = counted(), importlib.import_module("leadline.kernels.gpu")
+    kernels = {"cpu": load("kernels.cpu"), "gpu": Subject("kernels.gpu", gpu)}  # load would ask for a GPU
     for op in OPS.values():
-        have = [d for d in directions(op) if kernels.contract(op, d) is not None]
-        where = "cpu" if len(have) == len(directions(op)) else ", ".join(f"cpu {d}" for d in have) or "·"
-        yield [op.name, "yes" if op.bwd else "·", str(stored[op.name]), where, op.sig]
+        where = []
+        for name, subject in kernels.items():
+            have = [d for d in directions(op) if subject.contract(op, d) is not None]
+            unrun = " (simulated)" if name == "gpu" and op.name not in gpu.RUN else ""
+            where += [name + unrun] if len(have) == len(directions(op)) else [f"{name} {d}{unrun}" for d in have]
+        yield [op.name, "yes" if op.bwd else "·", str(stored[op.name]), ", ".join(where) or "·", op.sig]
 
 
 @ops.command("show")
@@ -111,6 +118,8 @@ def op_rows() -> Iterator[list[str]]:
 @click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw what the op does to numbers into this file.")
 def ops_show(name: str, picture: Path | None) -> None:
     """Index equation, source, contract, cost in FLOPs and bytes of one op."""
+    from .intermediates import names_of
+
     op = op_named(name)
     console = Console(highlight=False)
     if picture is not None:
@@ -127,6 +136,9 @@ def ops_show(name: str, picture: Path | None) -> None:
     for direction in directions(op):
         tensors, outputs = op.signature_of(direction)
         console.print(f"[bold]{direction:<9}[/] {escape(_names(tensors))} -> {escape(_names(outputs))}", soft_wrap=True)
+    if names := names_of(op.name):
+        told = "a dict may return these too, and a FAIL then says which is the first wrong"
+        console.print(f"[bold]on the way[/] {', '.join(names)}: {told}", soft_wrap=True)
     for parameter in op.attrs.values():
         console.print(f"[bold]attribute[/] {escape(str(parameter))}", soft_wrap=True)
     case = max(op.cases, key=lambda c: math.prod(c.dims.values()))
@@ -192,12 +204,13 @@ def verify(
 ) -> None:
     """Hold SUBJECTS (kernels.cpu by default) to the vectors.
 
-    A subject is kernels.cpu, ref, torch, transformers, transformers.v2, ml_dtypes or gfloat; or your own: module, module:attr, file.py,
-    file.py:attr; exec:PROGRAM [ARGS], which answers JSON lines (`leadline smoke`); ctypes:LIB.so, which exports C functions.
+    A subject is kernels.cpu, kernels.gpu, ref, torch, transformers, transformers.v2, ml_dtypes or gfloat; or your own: module, module:attr,
+    file.py, file.py:attr; exec:PROGRAM [ARGS], which answers JSON lines (`leadline smoke`); ctypes:LIB.so, which exports C functions.
     """
     from .report import json_header, json_result, json_total, print_table
     from .runs import provenance, resumed
     from .spread import spread
+    from .subject import heading_of
     from .verify import DEFAULT_PRECISIONS, parse_attr
 
     chosen = [op_named(name) for name in names] or list(OPS.values())
@@ -222,9 +235,12 @@ def verify(
     subjects = subjects or ("kernels.cpu",)
     earlier = resumed(resume.name, resume.read(), subjects, about) if resume else {}
     options |= {"jobs": jobs, "scheduler": scheduler, "done": earlier}
+    devices = [device for device in map(heading_of, subjects) if device]
+    for device in () if as_json else devices:
+        click.echo(device)
     with Outputs(files, as_json) as outputs:
         if outputs.wanted:
-            outputs.line(json_header(**provenance(subjects, chosen, precision or DEFAULT_PRECISIONS, about)))
+            outputs.line(json_header(**provenance(subjects, chosen, precision or DEFAULT_PRECISIONS, about), **given(devices=devices)))
             for result in earlier.values():  # first of all: an interrupt must not lose them
                 outputs.line(json_result(result))
             options["on_result"] = lambda result: outputs.line(json_result(result))
@@ -363,20 +379,30 @@ def bugs_show(id: str) -> None:
 
 @main.command()
 @click.option("--op", "names", multiple=True, help="One op (repeat for more); all by default.")
-@click.option("--precision", "precisions", multiple=True, help="One precision (repeat for more); fp32, bf16 and, if --full, bf16-eager.")
+@click.option("--precision", "precisions", multiple=True, help="One precision (repeat for more); fp32, bf16 and bf16-eager by default.")
 @click.option("--full", is_flag=True, help="Every bug on every case (hours); by default a fixed sample on cheap cases (minutes).")
 @click.option("--unnamed", is_flag=True, help="Do not ask what each failing output is taken for.")
 @click.option("--jobs", default=1, show_default=True, help="Processes.")
 @click.option("--resume", type=click.Path(path_type=Path, dir_okay=False), help="A file for each result; what it holds is not done again.")
+@click.option(
+    "--wall", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Of tests/wall.py: its false alarms are told too."
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on standard output instead of the tables.")
 def power(
-    names: tuple[str, ...], precisions: tuple[str, ...], full: bool, unnamed: bool, jobs: int, resume: Path | None, as_json: bool
+    names: tuple[str, ...],
+    precisions: tuple[str, ...],
+    full: bool,
+    unnamed: bool,
+    jobs: int,
+    resume: Path | None,
+    wall: Path | None,
+    as_json: bool,
 ) -> None:
     """The kill matrix: every known bug against Leadline's judge and the field's metrics, and whether it is named."""
     from .power_table import run_power
 
     with Progress("power") as progress:
-        killed = run_power(names or None, precisions or None, full, not unnamed, jobs, resume, as_json, progress)
+        killed = run_power(names or None, precisions or None, full, not unnamed, jobs, resume, as_json, progress, wall=wall)
     if not killed:
         sys.exit(1)
 

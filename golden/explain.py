@@ -1,21 +1,21 @@
 """Why a case fails: which other attribute or known bug, put in place of the reference, the subject's output agrees with."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 
-from ..ref.op import Op
-from .band import Arrays, Band, band_of, truth_of
-from .bugs import Bug, bugs_of
+from .band import Band
+from .candidates import Candidate, Cases, agrees, alternatives, band_for, candidates, within, worth_asking
 from .fingerprints import fingerprints
-from .judge import PASS, Question, Returned, as_returned, judge
-from .matched import Filter, Found, difference, estimates, pairs
+from .intermediates import beside, first_wrong
+from .judge import Question, Returned
+from .matched import Filter, Found, apart_from, estimates, pairs
 from .precision import PRECISIONS
 
-KINDS = ("ties", "agrees", "estimate", "filter", "pair", "fingerprint", "precision")
+FAR = 100.0  # a candidate so many times as far from the output as the nearest one is not asked; nor is one farther than the reference
+KINDS = ("ties", "agrees", "estimate", "filter", "pair", "fingerprint", "precision", "intermediate")
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Explanation:
     """What fits, in a sentence, the option that declares it where it is a convention, and the evidence.
 
     kind says how it was found: the output agrees with another function's ("agrees"), a number was estimated ("estimate"), a known
-    difference is in the error ("filter", or two of them, "pair"), or by the error's look ("fingerprint"). coefficient and significance
-    are the matched filter's (golden/matched.py), the coefficient of an estimate being the factor.
+    difference is in the error ("filter", or two of them, "pair"), by the error's look ("fingerprint"), or by what the subject returned
+    beside its outputs ("intermediate"). coefficient and significance are the matched filter's (golden/matched.py), the coefficient of an
+    estimate being the factor. fails names the op's cases that it would fail, where there was a rival to be told from.
     """
 
     id: str
@@ -33,141 +34,95 @@ class Explanation:
     kind: str = "agrees"
     coefficient: float | None = None
     significance: float | None = None
+    fails: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.fails is not None:
+            object.__setattr__(self, "fails", tuple(self.fails))
 
     def __str__(self) -> str:
         return self.text + (f" ({self.mend})" if self.mend else "")
 
 
-def alternatives(op: Op, attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The other value of each attribute that has a fixed set of them."""
-    own = {**op.defaults, **attrs}
-    choices = {name: get_args(p.annotation) for name, p in op.attrs.items() if get_origin(p.annotation) is Literal}
-    choices |= {name: (True, False) for name, p in op.attrs.items() if p.annotation is bool}
-    return [{name: value} for name, values in choices.items() for value in values if value != own[name]]
-
-
-def explain(question: Question, returned: Mapping[str, Returned], band: Band | None = None) -> list[Explanation]:
+def explain(
+    question: Question, returned: Mapping[str, Returned], band: Band | None = None, cases: Cases | None = None
+) -> list[Explanation]:
     """What explains this FAIL, the best first: ties; conventions (attributes) and known bugs that turn it into a PASS, the nearest first;
-    else a number that differs; else two bugs at once; else what the error looks like. Last, coarser arithmetic."""
+    else a number that differs; else two bugs at once; else what the error looks like. Then coarser arithmetic, and which intermediate is
+    the first that is wrong. Of rivals that fit alike, each is told with the cases that it would fail."""
+    band = band or band_for(question)
+    if band is None:
+        return []
+    outputs, more = beside(question, returned)
+    wrong = [Explanation(f"intermediate {name}", text, kind="intermediate") for name, text in first_wrong(question, outputs, more, band)]
+    if any(band.truth[name].shape != r.values.shape for name, r in outputs.items()):
+        return [Explanation(p.id, p.text, kind="fingerprint") for p in fingerprints(question, outputs, band)] + wrong
     found = []
-    band = band or _band(question)
     if question.op.choice and not question.any_tie and question.op.outputs[0].kind == "index":
         relaxed = replace(question, any_tie=True)
-        if _agrees(relaxed, returned, _band(relaxed)):
+        if within(relaxed, outputs, band):
             text = "Only the winners of exact ties differ; the lowest index wins."
             found.append(Explanation("ties", text, "--ties any if yours are open", "ties"))
-    if band is None or any(band.truth[name].shape != r.values.shape for name, r in returned.items()):
-        return [Explanation(p.id, p.text, kind="fingerprint") for p in fingerprints(question, returned, band)] if band else []
-    matched = Filter(question, returned, band)
+    matched = Filter(question, outputs, band)
     usable = matched if matched.usable else None
-    agreeing = [
-        (_distance(usable, asked), i, explanation, asked)
-        for i, (explanation, asked) in enumerate(_agreeing(question, returned, band.truth))
-    ]
-    found += [_measured(explanation, usable, asked) for _, _, explanation, asked in sorted(agreeing, key=lambda a: a[:2])]
+    known = list(candidates(question))
+    asked = sorted(((c, _distance(usable, c)) for c in known if worth_asking(c, question, outputs, band.truth)), key=lambda a: a[1])
+    nearest = next((d for _, d in asked if d > 0), 0.0)
+    far = min(FAR * max(nearest, 1.0), np.inf if usable is None else round(usable.rms_to(band.truth), 3))
+    fitting = [c for c, d in asked if d <= far and agrees(c, question, outputs, band.truth)]
+    told = [_measured(c, usable) for c in fitting]
+    if cases is not None and len(told) > 1:
+        told = [replace(e, fails=cases.failed_by(c)) for e, c in zip(told, fitting, strict=True)]
+    found += told
     if usable is not None and not found:
-        found = _estimated(usable) or _paired(usable)
+        found = _estimated(usable) or _paired(usable, known)
     if found:
-        return found
-    prints = [(np.isfinite(p.left), Explanation(p.id, p.text, kind="fingerprint")) for p in fingerprints(question, returned, band)]
+        return found + wrong
+    prints = [(np.isfinite(p.left), Explanation(p.id, p.text, kind="fingerprint")) for p in fingerprints(question, outputs, band)]
     whole, place = ([e for telling, e in prints if telling == which] for which in (True, False))
-    return [*whole, *_coarser(question, returned), *place]
+    return [*whole, *_coarser(question, outputs), *place, *wrong]
 
 
 def hidden(question: Question, returned: Mapping[str, Returned], band: Band) -> list[Explanation]:
     """What the matched filter is sure of in a PASS: a known difference whose whole amount is in the error, though no element is out of
     bounds; a number that differs from the reference's."""
-    matched = Filter(question, returned, band)
+    matched = Filter(question, beside(question, returned)[0], band)
     if not matched.usable:
         return []
     found = []
-    for explanation, asked, _ in _candidates(question):
-        apart = difference(question, asked, band)
+    for candidate in candidates(question):
+        apart = apart_from(candidate.truth, band)
         if apart is not None and (sure := matched.sure(apart)) is not None:
-            found.append((matched.rms_to({n: band.truth[n] + d for n, d in apart.items()}), _with(explanation, "filter", sure)))
+            found.append((matched.rms_to(candidate.truth), _explanation(candidate, "filter", sure)))
     return [e for _, e in sorted(found, key=lambda f: f[0])] or _estimated(matched)
 
 
-def _candidates(question: Question) -> Iterator[tuple[Explanation, Question, Bug | None]]:
-    """Conventions and known bugs, each with the question whose answer it would be."""
-    bugs = bugs_of(question.op, question.direction)
-    own = {**question.op.defaults, **question.attrs}
-    declared = [dict(b.attrs) for b in bugs if any(own[k] != v for k, v in b.attrs.items())]
-    changes = alternatives(question.op, question.attrs)
-    for change in changes + [c for c in declared if c not in changes]:
-        (name, value), *_ = change.items()
-        known = next((b for b in bugs if dict(b.attrs) == change), None)
-        text = known.what if known else f"The output is right for {name}={value}."
-        explanation = Explanation(known.id if known else f"{name}={value}", text, f"--attr {name}={value} if that is your contract")
-        yield explanation, replace(question, attrs={**question.attrs, **change}), None
-    for bug in bugs:
-        if not bug.attrs:
-            variant = bug.variant(question.op)
-            asked = replace(question, op=replace(variant, choice=None) if question.direction == "forward" else variant)
-            yield Explanation(bug.id, bug.what, bug.sources), asked, bug
+def _explanation(c: Candidate, kind: str = "agrees", found: Found | None = None) -> Explanation:
+    evidence = (found.coefficient, found.significance) if found else (None, None)
+    return Explanation(c.id, c.text, c.mend, kind, *evidence)
 
 
-def _agreeing(question: Question, returned: Mapping[str, Returned], truth: Arrays) -> Iterator[tuple[Explanation, Question]]:
-    """The candidates that the output agrees with. Bands cost many runs, so those that one run rules out are not asked."""
-    for explanation, asked, bug in _candidates(question):
-        try:
-            with np.errstate(all="ignore"):
-                theirs = truth_of(asked.op, question.direction, question.inputs, asked.attrs)
-                stores = bug is None and all(np.array_equal(theirs[n], y, equal_nan=y.dtype.kind == "f") for n, y in truth.items())
-                if not stores and not _worth_asking(question, returned, theirs, truth):
-                    continue  # (an attribute that says where 16 bits are stored changes no truth)
-                fits = _agrees(asked, returned, _band(asked)) if bug is None else _fits(question, returned, bug, asked)
-        except ValueError:  # it refuses these inputs or sizes
-            continue
-        if fits:
-            yield explanation, asked
-
-
-def _worth_asking(question: Question, returned: Mapping[str, Returned], theirs: Arrays, truth: Arrays) -> bool:
-    """Whether a candidate decides no worse than the reference, and is nearer to the output where that can be compared."""
-    op = question.op
-    if op.choice and question.direction == "forward":
-        name = op.choice[0]
-        got, apart = returned[name].values, []
-        for decided in (theirs[name], truth[name]):
-            if decided.shape != got.shape:
-                return False
-            same = got == decided if got.dtype.kind != "f" else (got == decided) | (np.isnan(got) & np.isnan(decided))
-            apart.append(float(np.mean(same)))
-            sets = np.sort(got, -1) == np.sort(decided, -1) if got.dtype.kind != "f" and got.ndim else same
-            apart.append(float(np.mean(sets)))
-        if apart[1] < apart[3]:
-            return False
-        if apart[0] < 1:
-            return True  # other outputs belong to other decisions
-    return _nearer(returned, theirs, truth)
-
-
-def _distance(matched: Filter | None, asked: Question) -> float:
+def _distance(matched: Filter | None, candidate: Candidate) -> float:
     """How far the output is from a candidate's, in σ rms; 0 where that cannot be said (another decision)."""
-    apart = difference(matched.question, asked, matched.band) if matched is not None else None
-    if apart is None or matched is None:
+    if matched is None or apart_from(candidate.truth, matched.band) is None:
         return 0.0
-    return round(matched.rms_to({n: matched.band.truth[n] + d for n, d in apart.items()}), 3)
+    return round(matched.rms_to(candidate.truth), 3)
 
 
-def _measured(explanation: Explanation, matched: Filter | None, asked: Question) -> Explanation:
+def _measured(candidate: Candidate, matched: Filter | None) -> Explanation:
     """With the matched filter's coefficient, where the difference has one."""
-    apart = difference(matched.question, asked, matched.band) if matched is not None else None
-    if matched is None or apart is None or not matched.project(apart)[1]:
-        return explanation
-    return _with(explanation, explanation.kind, Found(matched.project(apart)[0], matched.chance(apart)))
-
-
-def _with(explanation: Explanation, kind: str, found: Found) -> Explanation:
-    return replace(explanation, kind=kind, coefficient=found.coefficient, significance=found.significance)
+    apart = apart_from(candidate.truth, matched.band) if matched is not None else None
+    if matched is None or apart is None:
+        return _explanation(candidate)
+    coefficient, power = matched.project(apart)
+    return _explanation(candidate, found=Found(coefficient, matched.chance(apart)) if power else None)
 
 
 def _estimated(matched: Filter) -> list[Explanation]:
     """The number, or the numbers of equal standing, that leave an error such as a correct subject has."""
     own = {**matched.question.op.defaults, **matched.question.attrs}
     limit = max(limits["rms"] for limits in matched.band.limits.values())
-    found = []
+    found: list[tuple[float, Explanation]] = []
     for knob, factor, left in estimates(matched):
         if left > limit or (found and left > 1.5 * found[0][0]):
             break
@@ -176,17 +131,14 @@ def _estimated(matched: Filter) -> list[Explanation]:
         if knob.name in own:
             value = own[knob.name] * factor.coefficient
             text, mend = f"{text}: {value:.6g} instead of {own[knob.name]:g}", f"--attr {knob.name}={value:.6g} if that is your contract"
-        found.append((left, Explanation(knob.name, f"{text}.", mend, "estimate", factor.coefficient)))
-        found[-1] = (left, replace(found[-1][1], significance=abs(factor.coefficient - 1) / factor.deviation))
+        significance = abs(factor.coefficient - 1) / factor.deviation
+        found.append((left, Explanation(knob.name, f"{text}.", mend, "estimate", factor.coefficient, significance)))
     return [explanation for _, explanation in found]
 
 
-def _paired(matched: Filter) -> list[Explanation]:
+def _paired(matched: Filter, known: list[Candidate]) -> list[Explanation]:
     """Two known differences at once."""
-    templates = []
-    for explanation, asked, _ in _candidates(matched.question):
-        if (apart := difference(matched.question, asked, matched.band)) is not None:
-            templates.append((explanation, apart))
+    templates = [(c, apart) for c in known if (apart := apart_from(c.truth, matched.band)) is not None]
     limit = 2 * max(limits["rms"] for limits in matched.band.limits.values())
     for a, b, ca, cb in pairs(matched, templates, limit)[:1]:
         weaker = min(ca, cb, key=lambda c: c.significance)
@@ -206,79 +158,32 @@ def _coarser(question: Question, returned: Mapping[str, Returned]) -> list[Expla
     for name in COARSER[question.precision.name]:
         asked = replace(question, precision=PRECISIONS[name])
         carried = {k: Returned(r.values, asked.precision.carrier) if r.values.dtype.kind == "f" else r for k, r in returned.items()}
-        if _agrees(asked, carried, _band(asked)):
+        if within(asked, carried, band_for(asked)):
             text = f"The output is right for {name} ({asked.precision.meaning}): it computes in less than it claims."
             return [Explanation(f"precision={name}", text, f"--precision {name} if that is your claim", "precision")]
     return []
 
 
-def _band(question: Question) -> Band | None:
-    try:
-        return band_of(question.op, question.direction, question.inputs, question.attrs, question.precision)
-    except ValueError:  # these sizes do not allow the attribute
-        return None
-
-
-def _agrees(question: Question, returned: Mapping[str, Returned], band: Band | None) -> bool:
-    if band is None or any(band.truth[name].shape != r.values.shape for name, r in returned.items()):
-        return False
-    return judge(question, returned, band).verdict == PASS
-
-
-def _fits(question: Question, returned: Mapping[str, Returned], bug: Bug, asked: Question) -> bool:
-    """Whether the subject agrees with the bug. A bug that cannot be told from the reference on these inputs explains nothing, nor does
-    one that is no nearer to the output than the reference is, nor one that refuses them."""
-    try:
-        with np.errstate(all="ignore"):
-            if question.op.choice and question.direction == "forward":
-                return _decides_alike(question, returned, bug)
-            truth = truth_of(question.op, question.direction, question.inputs, question.attrs)
-            band = _band(asked)
-            return _agrees(asked, returned, band) and not _agrees(asked, as_returned(question, truth), band)
-    except ValueError:
-        return False
-
-
-def _nearer(returned: Mapping[str, Returned], candidate: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray]) -> bool:
-    """Whether some output is nearer to the candidate than to the truth. It costs one run, where a band costs many."""
-    for name, r in returned.items():
-        if r.values.dtype.kind not in "biuf":
-            return False
-        got, other, own = (np.asarray(y, dtype=np.float64) for y in (r.values, candidate[name], truth[name]))
-        if got.shape != other.shape:
-            continue
-        gaps = [np.where((got == y) | (np.isnan(got) & np.isnan(y)), 0.0, np.abs(got - y)) for y in (other, own)]
-        if r.values.dtype.kind == "u":  # bit patterns are no quantities
-            gaps = [np.minimum(g, 1.0) for g in gaps]
-        gaps = [np.where(np.isfinite(g), g, np.inf) for g in gaps]
-        if np.any(gaps[0] < gaps[1]) and not np.sum(gaps[0] ** 2) > np.sum(gaps[1] ** 2):
-            return True
-    return False
-
-
-def _decides_alike(question: Question, returned: Mapping[str, Returned], bug: Bug) -> bool:
-    """For an op with a decision: the same sets as the bug's, and the bug's other outputs for the subject's order of them."""
-    op = question.op
-    assert op.choice is not None
-    name = op.choice[0]
-    variant = replace(bug.variant(op), choice=op.choice)
-    plain = band_of(variant, "forward", question.inputs, question.attrs, question.precision)
-    got, decided = returned[name].values, plain.truth[name]
-    index = next(t for t in op.outputs if t.name == name).kind == "index"
-    if not np.array_equal(np.sort(got, -1), np.sort(decided, -1)) if index else not np.array_equal(got, decided, equal_nan=True):
-        return False
-    band = band_of(variant, "forward", question.inputs, question.attrs, question.precision, got) if index else plain
-    band.truth[name] = got
-    return _agrees(replace(question, op=replace(variant, choice=None)), returned, band)
-
-
-def consolidate(explained: Iterable[list[Explanation]]) -> list[tuple[Explanation, int]]:
-    """The explanations of several failing cases of one op: those that explain most cases, in the order in which the cases rank them; each
-    with the evidence of the case where that is strongest."""
+def consolidate(
+    explained: Iterable[list[Explanation]], passed: Collection[str] = (), failed: Collection[str] = ()
+) -> list[tuple[Explanation, int]]:
+    """The explanations of several failing cases of one op: those that explain most cases, less the passed cases that they would have
+    failed; of equals first what would have failed the other failing cases too, then in the order in which the cases rank them. Each with
+    the evidence of the case where that is strongest, and the number of cases that it explains. Where an error lies counts if nothing else
+    does; the first wrong intermediate is told beside the rest."""
     cases = [{e.id: e for e in reversed(case)} for case in explained]  # the first of an id counts
     order = [list(reversed(case)) for case in cases]
-    counted = Counter(id for case in cases for id in case)
-    most = max(counted.values(), default=0)
-    ranks = {id: sum(ids.index(id) if id in ids else len(ids) for ids in order) for id in counted}
-    best = sorted((id for id, n in counted.items() if n == most), key=lambda id: ranks[id])
-    return [(max((case[id] for case in cases if id in case), key=lambda e: e.significance or 0.0), most) for id in best]
+    of = {id: [case[id] for case in cases if id in case] for id in dict.fromkeys(id for ids in order for id in ids)}
+    traced = {id for id, es in of.items() if es[0].kind == "intermediate"}
+    named = of.keys() - traced
+    named = {id for id in named if of[id][0].id != "place"} or named
+    fails = {id: {name for e in es for name in e.fails or ()} for id, es in of.items()}
+    net = Counter({id: len(of[id]) - len(fails[id] & set(passed)) for id in named})
+    rank = {id: sum(ids.index(id) if id in ids else len(ids) for ids in order) for id in of}
+    missed = {id: len(set(failed) - fails[id]) if any(e.fails is not None for e in es) else 0 for id, es in of.items()}
+    best = sorted((id for id in named if net[id] == max(net.values())), key=lambda id: (missed[id], rank[id]))
+    best += sorted((id for id in traced if len(of[id]) == max(len(of[i]) for i in traced)), key=lambda id: rank[id])
+    return [(max(of[id], key=lambda e: e.significance or 0.0), len(of[id])) for id in best]
+
+
+__all__ = ["Cases", "Explanation", "alternatives", "consolidate", "explain", "hidden"]

@@ -1,61 +1,18 @@
 """One case, one verdict: a subject's outputs held to the band."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from ..ref.cast import decode, round_to
-from ..ref.formats import FORMATS, Format
-from ..ref.op import Op, Tensor, bind
-from .band import DEVIATIONS, SLACK, Arrays, Band, band_of, carrier, floor_of, in_sigma, reach, scatter, statistics
-from .draw import ulp
+from ..ref.formats import Format
+from ..ref.op import Tensor
+from .band import Band, floor_of, in_sigma, reach, statistics
+from .decisions import in_range, judge_choice, regrets, same, unstable_rows
 from .precision import Precision
+from .question import ERROR, FAIL, PASS, SKIPPED, Judgement, Question, Returned, as_returned, code_format
 
-PASS, FAIL, ERROR, SKIPPED = "PASS", "FAIL", "ERROR", "SKIPPED"
 UNITS = {"max": " reaches", "rms": " σ", "row": " σ", "block": " σ", "mean": " σ", "gain": ""}
-INSTABILITY = 8.0  # a decision that eight times the noise can turn is not held against a backward that decides for itself
-
-
-@dataclass
-class Returned:
-    """What a subject gave back for one output: values on a NumPy carrier, and the dtype they came in."""
-
-    values: np.ndarray
-    dtype: str
-
-
-@dataclass
-class Judgement:
-    """The verdict on one case, with the evidence."""
-
-    verdict: str = PASS
-    reasons: list[str] = field(default_factory=list)
-    ambiguous: int = 0  # decisions that rounding could have turned, and did
-    statistics: dict[str, dict[str, float]] = field(default_factory=dict)
-    limits: dict[str, dict[str, float]] = field(default_factory=dict)
-    band: Band | None = None  # what was judged by: the band of the subject's own decision; None if nothing could be compared
-    judged: Arrays = field(default_factory=dict)  # which elements were
-
-    def fail(self, reason: str) -> None:
-        self.verdict = FAIL
-        self.reasons.append(reason)
-
-
-@dataclass(frozen=True)
-class Question:
-    """What was asked: an op, a direction, inputs and attributes at a precision; whether any winner of an exact tie is right; and whether
-    a backward was handed the forward's decision or makes it again (as one that leaves ties open does: rows whose decision rounding could
-    turn are then not judged)."""
-
-    op: Op
-    direction: str
-    inputs: Arrays
-    attrs: Mapping[str, Any]
-    precision: Precision
-    any_tie: bool = False
-    handed_choice: bool = True
 
 
 def judge(question: Question, returned: Mapping[str, Returned], band: Band) -> Judgement:
@@ -71,30 +28,27 @@ def judge(question: Question, returned: Mapping[str, Returned], band: Band) -> J
     values = {name: r.values for name, r in returned.items()}
     judged = {t.name: np.ones(t_shape(band, t), dtype=bool) for t in tensors}
     if op.choice and question.direction == "forward":
-        band = _choice(question, values, band, judgement)
+        band = judge_choice(question, values, band, judgement)
     elif op.choice and (question.any_tie or not question.handed_choice):
         unstable = unstable_rows(question)
         judgement.ambiguous += int(unstable.sum())
-        rows = next(t for t in op.outputs if t.name == op.choice[0]).dims[0]
-        for tensor in tensors:  # a weight's gradient gathers from all rows: one that may turn leaves it open
-            judged[tensor.name][unstable if tensor.dims[0] == rows else np.any(unstable)] = False
+        by_token = next(t for t in op.outputs if t.name == op.choice[0]).dims[0] == "n"
+        for tensor in tensors:  # what gathers from all rows is left open by one that may turn: a weight's gradient, attention's tokens
+            judged[tensor.name][unstable if by_token and tensor.dims[:1] == ("n",) else np.any(unstable)] = False
     judgement.band, judgement.judged = band, judged
     for tensor in tensors:
         if op.choice and tensor.name == op.choice[0]:
             continue
-        if tensor.kind == "real":
-            _real(tensor.name, values[tensor.name], band, judged[tensor.name], precision, judgement)
-        else:
-            _exact(tensor, values[tensor.name], band.truth[tensor.name], code_format(question), judgement)
+        judge_array(tensor, values[tensor.name], band, judged[tensor.name], question, judgement)
     return judgement
 
 
-def code_format(question: Question) -> Format | None:
-    """What the op's codes mean; None where bits are moved, whatever they mean."""
-    op = question.op
-    if op.name.startswith(("pack.", "unpack.")):
-        return None
-    return FORMATS.get(question.attrs.get("format") or op.defaults.get("format") or op.name.rsplit(".", 1)[-1])
+def judge_array(tensor: Tensor, got: np.ndarray, band: Band, judged: np.ndarray, question: Question, judgement: Judgement) -> None:
+    """One array: in σ, or bit for bit."""
+    if tensor.kind == "real":
+        _real(tensor.name, got, band, judged, question.precision, judgement)
+    else:
+        _exact(tensor, got, band.truth[tensor.name], code_format(question), judgement)
 
 
 def t_shape(band: Band, tensor: Tensor) -> tuple[int, ...]:
@@ -119,118 +73,6 @@ def _float_names(precision: Precision) -> set[str]:
     """16-bit claims may return float32, the carrier: more than was asked."""
     own = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision.io.name]
     return {own, precision.carrier}
-
-
-def _choice(question: Question, values: Arrays, band: Band, judgement: Judgement) -> Band:
-    """Judges the decision as a set, accepts what rounding could have turned, and returns the band for the subject's own decision."""
-    op = question.op
-    assert op.choice is not None
-    name = op.choice[0]
-    tensor = next(t for t in op.outputs if t.name == name)
-    got, expected = values[name], band.truth[name]
-    differs = np.any(np.sort(got, -1) != np.sort(expected, -1), axis=-1) if tensor.kind == "index" else ~_same(got, expected)
-    if not differs.any():
-        order = tensor.kind == "index" and not np.array_equal(got, expected)
-        return _band(question, got) if order else band
-    legal = np.where(in_range(got, question)[..., None], got, expected) if tensor.kind == "index" else got
-    regret, noise = regrets(question, tensor, legal, differs)
-    finite = np.isfinite(regret)
-    tie = finite & (regret == 0)
-    accepted = np.where(tie, question.any_tie, finite & (regret <= SLACK * DEVIATIONS * noise))
-    if tensor.kind == "index":
-        accepted &= in_range(got, question)
-    judgement.ambiguous += int(np.sum(differs & accepted))
-    for where in np.argwhere(differs & ~accepted)[:1]:
-        at = tuple(int(i) for i in where)
-        count = int(np.sum(differs & ~accepted))
-        judgement.fail(_describe_choice(name, at, got, expected, float(regret[at]), float(noise[at]), bool(tie[at]), count, differs.size))
-    if tensor.kind == "index":
-        legal = np.where((accepted | ~differs)[..., None], legal, expected)
-        return _band(question, legal)
-    return _band(question, np.where(accepted, got, expected))
-
-
-def regrets(question: Question, tensor: Tensor, choice: np.ndarray, differs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How far the numbers behind the decision would have to move for it to be right, and the deviation that rounding gives that number.
-    Only where it differs; the noise only if no place is beyond all noise (its verdict is known then)."""
-    op = question.op
-    assert op.choice is not None
-    name, regret_of = op.choice
-    rows = np.flatnonzero(np.any(differs.reshape(len(differs), -1), axis=1)) if tensor.dims[0] == "n" and tensor.kind == "index" else None
-    inputs = {
-        t.name: question.inputs[t.name][rows] if rows is not None and t.dims[0] == tensor.dims[0] else question.inputs[t.name]
-        for t in op.signature_of("forward", question.inputs)[0]
-    }
-    chosen = choice if rows is None else choice[rows]
-
-    def run(arrays: Mapping[str, Any]) -> Arrays:
-        return {"regret": regret_of(*(arrays.get(t.name) for t in op.inputs), **{name: chosen}, **question.attrs)}
-
-    with np.errstate(all="ignore"):
-        regret = np.asarray(run(carrier(inputs, np.float64))["regret"])
-    noise = np.zeros_like(regret)
-    if not np.isinf(regret[differs if rows is None else slice(None)]).any():
-        runs = scatter(run, inputs, question.precision, ["regret"])["regret"]
-        finite = np.isfinite(runs) & np.isfinite(regret)
-        noise = np.sqrt(np.mean(np.where(finite, runs - np.where(np.isfinite(regret), regret, 0.0), 0.0) ** 2, axis=0))
-    if rows is None:
-        return regret, noise
-    whole = np.zeros(differs.shape), np.zeros(differs.shape)
-    for part, values in zip(whole, (regret, noise), strict=True):
-        part[rows] = values
-    return whole
-
-
-def _band(question: Question, choice: np.ndarray) -> Band:
-    return band_of(question.op, question.direction, question.inputs, question.attrs, question.precision, choice)
-
-
-def in_range(idx: np.ndarray, question: Question) -> np.ndarray:
-    """[n]: whether every chosen index stands for something"""
-    tensors, _ = question.op.signature_of("forward", question.inputs)
-    count = bind(question.op.name, tensors, question.inputs)["e"]  # what a choice chooses among
-    return np.all((idx >= 0) & (idx < count), axis=-1)
-
-
-def _describe_choice(name: str, at: tuple, got: Any, expected: Any, regret: float, noise: float, tie: bool, count: int, total: int) -> str:
-    place = f"{name}[{', '.join(map(str, at))}]"
-    if got.ndim > len(at):
-        extra = sorted(set(got[at].tolist()) - set(expected[at].tolist()))
-        missing = sorted(set(expected[at].tolist()) - set(got[at].tolist()))
-        what = f"has {_few(extra)} where the reference has {_few(missing)}" if extra else "repeats a choice"
-    else:
-        what = f"is {got[at]!r}; expected {expected[at]!r}"
-    if tie:
-        why = "an exact tie, which the lowest index wins (--ties any accepts every winner)"
-    elif np.isfinite(regret):
-        why = f"the decision would need an error of {regret:.3g}, {regret / max(noise, 1e-300):.3g} times the rounding noise"
-    else:
-        why = "no rounding leads there"
-    return f"{place} {what}: {why} [{count} of {total} differ]"
-
-
-def _few(values: list) -> str:
-    return ", ".join(map(str, values[:4])) + (", …" if len(values) > 4 else "")
-
-
-def unstable_rows(question: Question) -> np.ndarray:
-    """[n]: rows whose decision INSTABILITY times the rounding noise can turn.
-
-    The inputs are moved as well, each element by its own amount: exact ties, whose members round alike, come apart.
-    """
-    op = question.op
-    assert op.choice is not None
-    name = op.choice[0]
-    inputs = {t.name: question.inputs[t.name] for t in op.signature_of("forward", question.inputs)[0]}
-    rng = np.random.Generator(np.random.Philox(key=0))
-
-    def run(arrays: Mapping[str, Any]) -> Arrays:
-        unit = {k: ulp(question.precision.work, np.max(np.abs(x), initial=0.0)) for k, x in inputs.items()}
-        moved = {k: a + INSTABILITY * unit[k] * rng.uniform(-1, 1, a.shape) for k, a in arrays.items()}
-        return op.run("forward", moved, question.attrs)
-
-    runs = scatter(run, inputs, question.precision, [name], INSTABILITY)[name]
-    return np.any(np.sort(runs, -1) != np.sort(question.inputs[name], -1)[None], axis=(0, -1))
 
 
 def _real(name: str, got: np.ndarray, band: Band, judged: np.ndarray, precision: Precision, judgement: Judgement) -> None:
@@ -280,11 +122,7 @@ def differing(tensor: Tensor, got: np.ndarray, truth: np.ndarray, fmt: Format | 
     if tensor.kind == "index":
         return got != truth
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        return ~_same(got.astype(np.float64), truth.astype(np.float64))
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return ((a == b) & (np.signbit(a) == np.signbit(b))) | (np.isnan(a) & np.isnan(b))
+        return ~same(got.astype(np.float64), truth.astype(np.float64))
 
 
 def _one_nan(fmt: Format, codes: np.ndarray) -> np.ndarray:
@@ -298,16 +136,20 @@ def _at(index: tuple[int, ...]) -> str:
     return ", ".join(map(str, index))
 
 
-def as_returned(question: Question, outputs: Mapping[str, np.ndarray]) -> dict[str, Returned]:
-    """A reference's (or a bug's) float64 outputs as a subject of the precision would return them: rounded once at the end."""
-    _, tensors = question.op.signature_of(question.direction, question.inputs)
-    result = {}
-    for t in tensors:
-        y = np.asarray(outputs[t.name])
-        if t.kind in ("real", "const"):
-            y = round_to(question.precision.io, y.astype(np.float64), overflow="nan").astype(question.precision.carrier)
-        result[t.name] = Returned(y, str(y.dtype))
-    return result
-
-
-__all__ = ["ERROR", "FAIL", "PASS", "SKIPPED", "Judgement", "Question", "Returned", "as_returned", "judge", "ulp"]
+__all__ = [
+    "ERROR",
+    "FAIL",
+    "PASS",
+    "SKIPPED",
+    "Judgement",
+    "Question",
+    "Returned",
+    "as_returned",
+    "code_format",
+    "differing",
+    "in_range",
+    "judge",
+    "judge_array",
+    "regrets",
+    "unstable_rows",
+]

@@ -52,7 +52,8 @@ def deviations(got: np.ndarray, truth: np.ndarray, sigma: np.ndarray, judged: np
     usable = finite & np.isfinite(truth) & np.isfinite(got)
     z = in_sigma(np.where(usable, got - np.where(usable, truth, 0.0), 0.0), sigma)
     certain = usable & (sigma == 0) & (round_to(precision.io, got, overflow="nan") != truth)
-    z = np.where(strange, np.inf, np.where(certain, np.copysign(np.inf, got - truth), z))
+    with np.errstate(invalid="ignore"):  # ∞ - ∞
+        z = np.where(strange, np.inf, np.where(certain, np.copysign(np.inf, got - truth), z))
     return np.where(judged, z, np.nan)
 
 

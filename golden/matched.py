@@ -101,13 +101,8 @@ class Filter:
         return found if found.significance >= CERTAIN else None
 
 
-def difference(question: Question, other: Question, band: Band) -> Arrays | None:
-    """What another op or other attributes make of the inputs, less the truth; None where they refuse or give other shapes or decisions."""
-    try:
-        with np.errstate(all="ignore"):
-            theirs = truth_of(other.op, question.direction, question.inputs, other.attrs)
-    except ValueError:
-        return None
+def apart_from(theirs: Arrays, band: Band) -> Arrays | None:
+    """Other outputs less the truth; None where they have other shapes or decisions."""
     apart: Arrays = {}
     for name, truth in band.truth.items():
         if name not in theirs or theirs[name].shape != truth.shape:

@@ -37,6 +37,7 @@ class Noise:
     def __init__(self, precision: Precision, seed: int, amplify: float = 1.0):
         self.precision = precision
         self.amplify = amplify
+        self.seed = seed
         self.rng = np.random.Generator(np.random.Philox(key=seed))
 
     def uniform(self, x: np.ndarray) -> np.ndarray:
@@ -49,6 +50,12 @@ class Noise:
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             z = z ^ (z >> np.uint64(31))
         return ((z >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(np.shape(x))
+
+    def again(self) -> "Noise":
+        """Random numbers that are the same each time, but no others': the operations that follow round as they did before."""
+        same = copy.copy(self)
+        same.rng = np.random.Generator(np.random.Philox(key=[self.seed, 1]))
+        return same
 
     def widened(self) -> "Noise":
         """The same stream of random numbers, with operations that round to the accumulation's format."""
@@ -96,6 +103,13 @@ class NoisyArray(np.ndarray):
             return self
         unit = np.exp2(noise.rng.random((*x.shape[:-1], 1))) if any_unit else 1.0
         return _noisy(noise.rounded(x * unit, fmt=noise.precision.io) / unit, noise)
+
+    def __wide__(self) -> "NoisyArray":
+        return self if self.noise is None else _noisy(self, self.noise.widened())
+
+    def __once__(self) -> "NoisyArray":
+        noise = self.noise
+        return self if noise is None or noise.precision.work is noise.precision.accumulate else _noisy(self, noise.again())
 
     def __exactly__(self) -> np.ndarray:
         return np.asarray(self)

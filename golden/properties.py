@@ -83,8 +83,11 @@ def _several(about: Mapping[str, Any]) -> bool:
     return _one_axis(about) and max(about.get("n", 0), about.get("b", 0)) > 1
 
 
+MEANS = {"router.balance_loss", "cross_entropy", "mtp.loss"}  # of a batch: a row's share depends on how many there are
+
+
 def _alone(op: Op, direction: str) -> bool:
-    return _independent(op, direction) and op.name != "router.balance_loss"  # a mean over the batch
+    return _independent(op, direction) and op.name not in MEANS
 
 
 def linear_in_dy(ask: Ask, q: Drawn) -> None:

@@ -121,14 +121,16 @@ def worst(results: list[CaseResult]) -> str:
     return f"{max(shares):.2g}×" if max(shares) >= 0.01 else "<0.01×"
 
 
-LABELS = {"estimate": "measured", "fingerprint": "looks like", "pair": "known", "precision": "coarser"}
+LABELS = {"estimate": "measured", "fingerprint": "looks like", "pair": "known", "precision": "coarser", "intermediate": "on the way"}
+MANY = 9999  # deviations; more say no more
 
 
 def evidence(explanation: Explanation) -> str:
     """The matched filter's coefficient and how sure it is, where there is one."""
     if explanation.coefficient is None or explanation.significance is None or explanation.kind == "estimate":
         return ""
-    return f"[{explanation.coefficient:.3g} of its difference is there, {min(explanation.significance, 9999):.0f} deviations from chance.] "
+    deviations = f"{explanation.significance:.0f}" if explanation.significance <= MANY else f"over {MANY}"
+    return f"[{explanation.coefficient:#.3g} of its difference is there, {deviations} deviations from chance.] "
 
 
 def _print_group(console: Console, report: Report, group: tuple, results: list[CaseResult]) -> None:

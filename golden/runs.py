@@ -187,7 +187,7 @@ def _explanation(value: Mapping[str, Any]) -> Explanation:
 
 def evidence(explanation: Explanation) -> str:
     """What else an explanation says of itself, beside its sentence and its mend."""
-    said = {k: v for k, v in vars(explanation).items() if k not in ("id", "text", "mend") and v not in (None, "", [], {})}
+    said = {k: v for k, v in vars(explanation).items() if k not in ("id", "text", "mend", "fails") and v not in (None, "", [], {})}
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) and math.isfinite(v) else f"{k} {v}" for k, v in said.items())
 
 

@@ -1,7 +1,8 @@
 """What is under test: a callable, or a module or object whose attributes are named after ops. Loaded, asked, and its answer read.
 
 A module may say FRAMEWORK = "torch", DECLARES = {"rmsnorm": {"cast_order": "cast_then_weight"}} (attributes it is built with) and
-TIES = "any" (it leaves the winner of an exact tie open).
+TIES = "any" (it leaves the winner of an exact tie open). What returns its outputs in a dict may add the reference's intermediates, by the
+names that `leadline ops show` lists: a FAIL then says which is the first that is wrong.
 """
 
 import difflib
@@ -26,6 +27,7 @@ from .precision import Precision
 
 BUILT_IN = {
     "kernels.cpu": ("leadline.kernels.cpu", "numba"),
+    "kernels.gpu": ("leadline.kernels.gpu", "numba-cuda"),
     "ref": ("leadline.golden.subjects.ref", ""),
     "torch": ("leadline.golden.subjects.torch", "torch"),
     "ml_dtypes": ("leadline.golden.subjects.ml_dtypes", "ml_dtypes"),
@@ -94,7 +96,7 @@ class Subject:
         for name, x in given.items():
             if not np.array_equal(before[name], frameworks.snapshot(x)):
                 raise Misbehaved(f"{name} was changed in place; inputs must be left as they are")
-        return _by_name(result, [t.name for t in outputs], [t.kind for t in outputs])
+        return _by_name(result, op, outputs)
 
 
 def handed(op: Op, direction: str, inputs: Mapping[str, np.ndarray], contract: Contract) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -142,19 +144,30 @@ def fit(fn: Callable, op: Op, direction: str, name: str) -> Contract:
     return Contract(accepted, choice is not None and (anything or choice in takes), left_out)
 
 
-def _by_name(result: Any, names: list[str], kinds: list[str]) -> dict[str, Returned]:
+def _by_name(result: Any, op: Op, outputs: tuple[Tensor, ...]) -> dict[str, Returned]:
+    """The outputs, and of a mapping the reference's named intermediates that are in it too."""
+    kinds = {t.name: t.kind for t in outputs}
+    names = list(kinds)
     if isinstance(result, Mapping):
         if missing := [n for n in names if n not in result]:
             raise Misbehaved(f"returned {', '.join(map(str, result)) or 'nothing'}; {', '.join(missing)} is missing")
+        if more := [n for n in result if n not in kinds]:
+            from .intermediates import names_of  # runs the reference
+
+            known = names_of(op.name)
+            if unknown := [str(n) for n in more if n not in known]:
+                also = f" and, if it likes, {', '.join(known)}" if known else " alone"
+                raise Misbehaved(f"returned {', '.join(unknown)}; expected {', '.join(names)}{also}")
+        names += more
         values = [result[n] for n in names]
     else:
         values = list(result) if isinstance(result, (tuple, list)) else [result]
         if len(values) != len(names):
             raise Misbehaved(f"returned {len(values)} output{'s' * (len(values) != 1)}; expected {len(names)}: {', '.join(names)}")
     read = {}
-    for name, kind, value in zip(names, kinds, values, strict=True):
+    for name, value in zip(names, values, strict=True):
         try:
-            read[name] = Returned(*frameworks.take_back(value, kind))
+            read[name] = Returned(*frameworks.take_back(value, kinds.get(name, "real")))
         except Exception as error:
             raise Misbehaved(f"{name} is {type(value).__name__}, which is no array ({error})") from error
     return read
@@ -182,14 +195,25 @@ def load(spec: Any, framework: str | None = None, ties: str | None = None, direc
     )
 
 
+def heading_of(spec: str) -> str | None:
+    """What a subject runs on, where it is not this machine's processor alone."""
+    return load(spec).source.heading() if spec == "kernels.gpu" else None
+
+
 def _resolve(spec: str) -> Any:
     if spec in BUILT_IN:
         module, needs = BUILT_IN[spec]
         try:
-            return importlib.import_module(module)
+            found = importlib.import_module(module)
         except ModuleNotFoundError as error:
             missing = (error.name or needs).split(".")[0]
             raise UsageError(f"subject {spec} needs {missing}; install it with: python3 -m pip install {missing}") from error
+        if hasattr(found, "check_device"):
+            try:
+                found.check_device()  # a device that is not there: one line now, and no case of any op
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+        return found
     where, _, attribute = spec.partition(":")
     is_file = where.endswith(".py") or os.sep in where
     if is_file and not Path(where).is_file():

@@ -24,6 +24,9 @@ class Died(Exception):
     """The process is gone, or did not answer in time."""
 
 
+LOADING = 120.0  # seconds at least: the time limit is a case's, and imports of large packages on a busy machine take many of them
+
+
 class IsolatedSubject:
     """The same questions as a Subject's, asked of a child process that is started again when it dies."""
 
@@ -53,9 +56,10 @@ class IsolatedSubject:
             self._start()
         try:
             self._pipe.send(message)
-            if not self._pipe.poll(self.timeout):
+            limit = self.timeout if message[0] == "ask" else max(self.timeout, LOADING)
+            if not self._pipe.poll(limit):
                 self.close()
-                raise Died(f"no answer within {self.timeout:g} s (--timeout)")
+                raise Died(f"no answer within {limit:g} s" + (" (--timeout)" if limit == self.timeout else ""))
             status, value = self._received()
         except Died:
             raise

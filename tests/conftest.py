@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable
 from functools import cache
 from random import Random
@@ -31,6 +32,8 @@ PEERS = ("torch", "transformers", "ml_dtypes", "gfloat")
 def pytest_configure(config: pytest.Config) -> None:
     """One BLAS thread a worker where the library was loaded before us, too. The limit ends with its object, so that is kept."""
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated")  # torch's own use of it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; the commands that are tested inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config._leadline_threads = threadpool_limits(limits=1)  # type: ignore[attr-defined]
 
 

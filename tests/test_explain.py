@@ -199,3 +199,105 @@ def test_the_strongest_evidence_is_kept_and_the_order_is_the_cases() -> None:
     assert [(e.id, n, e.significance) for e, n in consolidate([[b, a], [strong], [strong, b]])] == [("a", 3, 50.0)]
     assert [e.id for e, _ in consolidate([[b, a], [b, a]])] == ["b", "a"]
     assert consolidate([]) == []
+
+
+def test_a_case_that_passed_counts_against_what_it_would_have_failed() -> None:
+    """Of two that explain the same failing cases: the one that would have passed what passed. Then the one that would fail what failed."""
+    a, b = Explanation("a", "A.", fails=("one", "two", "three")), Explanation("b", "B.", fails=("one", "two"))
+    assert [e.id for e, _ in consolidate([[a, b], [a, b]])] == ["a", "b"]
+    assert [(e.id, n) for e, n in consolidate([[a, b], [a, b]], passed=["three"], failed=["one", "two"])] == [("b", 2)]
+    assert [e.id for e, _ in consolidate([[b, a]], passed=["four"], failed=["one", "two", "three"])] == ["a", "b"]
+    rival = Explanation("c", "C.")  # explains one case less, and nothing speaks against it
+    assert [e.id for e, _ in consolidate([[a], [a, rival]], passed=["three"])] == ["a", "c"]
+    assert [e.id for e, _ in consolidate([[a], [a, rival]], passed=["two", "three"])] == ["c"]
+
+
+def test_where_an_error_lies_outranks_nothing_and_intermediates_are_told_beside() -> None:
+    """place explains every failing case, and says least."""
+    place, bug = Explanation("place", "There.", kind="fingerprint"), Explanation("a", "A.")
+    way = Explanation("intermediate q", "q is wrong.", kind="intermediate")
+    assert [e.id for e, _ in consolidate([[place], [place], [bug, place]])] == ["a"]
+    assert [(e.id, n) for e, n in consolidate([[place, way], [place, way]])] == [("place", 2), ("intermediate q", 2)]
+    assert [e.id for e, _ in consolidate([[way], [bug, way]])] == ["a", "intermediate q"]
+
+
+def router_with(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable:
+    """V3's router with attributes that depend on what was asked for."""
+
+    def router(logits: Array, bias: Array, **attrs: Any) -> Any:
+        return OPS["router.noaux_tc"].fwd(logits, bias, **{**attrs, **change(attrs)})[0]
+
+    return router
+
+
+def yarn_if_far(x: Array, positions: Array, **attrs: Any) -> Any:
+    near = int(positions.max()) < attrs["original_max_position_embeddings"]
+    return OPS["rope"].fwd(x, positions, **{**attrs, "factor": 1.0 if near else attrs["factor"]})[0]
+
+
+def no_gradient_of_one(logits: Array, topk_idx: Array, dtopk_weight: Array, **attrs: Any) -> Any:
+    op = OPS["router.softmax"]
+    dlogits = op.run("backward", {"logits": logits, "topk_idx": topk_idx, "dtopk_weight": dtopk_weight}, attrs)["dlogits"]
+    return dlogits * np.float32(topk_idx.shape[1] > 1)
+
+
+def no_eps(logits: Array, bias: Array, topk_idx: Array, dtopk_weight: Array, **attrs: Any) -> Any:
+    given = {"logits": logits, "bias": bias, "topk_idx": topk_idx, "dtopk_weight": dtopk_weight}
+    return OPS["router.noaux_tc"].run("backward", given, {**attrs, "denominator_eps": 0.0})["dlogits"]
+
+
+def unsigned(x: Array, **attrs: Any) -> Any:
+    return np.where(x == 0, np.float32(0), OPS["cast.e2m1"].fwd(x, None, **attrs)[0])
+
+
+def never_negative(x: Array, **attrs: Any) -> Any:
+    y = OPS["cast.e2m1"].fwd(x, None, **attrs)[0]
+    return np.where(y == 0, np.float32(0), y)
+
+
+RIVALS: dict[str, tuple[str, str, Callable]] = {  # each agrees with another bug on every case that fails
+    "norm-xor-scale": ("router.noaux_tc", "forward", router_with(lambda a: {"routed_scaling_factor": 1.0} if a["norm_topk_prob"] else {})),
+    "scale-only-if-renorm": (
+        "router.noaux_tc",
+        "forward",
+        router_with(lambda a: {} if a["norm_topk_prob"] else {"routed_scaling_factor": 1.0}),
+    ),
+    "yarn-by-sequence-length": ("rope", "forward", yarn_if_far),
+    "gate-grad-topk1-zero": ("router.softmax", "backward", no_gradient_of_one),
+    "norm-eps-missing": ("router.noaux_tc", "backward", no_eps),
+    "zero-sign-lost": ("cast.e2m1", "forward", unsigned),  # these two no value tells from what is right
+    "fp4-negative-zero-dropped": ("cast.e2m1", "forward", never_negative),
+}
+
+
+@pytest.mark.parametrize("bug", RIVALS)
+def test_a_bug_is_told_from_its_rivals(bug: str) -> None:
+    """What passes tells apart what fails alike."""
+    op, direction, subject = RIVALS[bug]
+    report = verify(subject, op=op, precision="fp32", direction=direction)
+    (group,) = report.groups()
+    assert [e.id for e, _ in report.explanations(group)][:1] == [bug], report
+
+
+def test_a_candidate_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each known bug and each other value of an attribute: one run in float64 for a failing case, and a band only for those near by."""
+    module, asked, bands = importlib.import_module("leadline.golden.candidates"), [], []
+
+    def truth_of(op: Any, direction: str, inputs: Any, attrs: Any) -> Any:
+        asked.append((id(op.fwd), id(op.bwd), tuple(sorted((k, str(v)) for k, v in attrs.items()))))
+        return importlib.import_module("leadline.golden.band").truth_of(op, direction, inputs, attrs)
+
+    def band_of(*given: Any, **keywords: Any) -> Any:
+        bands.append(given)
+        return importlib.import_module("leadline.golden.band").band_of(*given, **keywords)
+
+    monkeypatch.setattr(module, "truth_of", truth_of)
+    monkeypatch.setattr(module, "band_of", band_of)
+    op = OPS["rope"]
+    vector = make(op, next(c for c in op.cases if c.name == "yarn-v3"), "forward", PRECISIONS["fp32"])
+    wrong = op.run("forward", {k: x.astype(np.float64) if x.dtype.kind == "f" else x for k, x in vector.inputs.items()}, {"factor": 1.0})
+    question = Question(op, "forward", vector.inputs, vector.case.attrs, PRECISIONS["fp32"])
+    (first, *_) = explain(question, as_returned(question, wrong), vector.band)
+    assert first.id == "yarn-ignored"
+    assert len(asked) == len(set(asked)) > 10
+    assert 0 < len(bands) < len(asked) / 2

@@ -13,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from leadline.golden.band import DEVIATIONS, band_of, floor_of, in_sigma, limits_of, reach, statistics
 from leadline.golden.draw import DRAWS, Source, draw, draw_case, ulp
+from leadline.golden.judge import PASS, Question, as_returned, judge
 from leadline.golden.montecarlo import Noise, NoisyArray, noisy_inputs
 from leadline.golden.precision import PRECISIONS
+from leadline.golden.vectors import make
 from leadline.ref import FORMATS, OPS, Case, round_to
 from leadline.ref.op import Tensor
+from leadline.ref.xp import once, wide
 
 FP64, FP32, BF16 = (PRECISIONS[name] for name in ("fp64", "fp32", "bf16-eager"))
 TRIALS = 4000
@@ -323,6 +326,46 @@ def test_decisions_are_plain() -> None:
     for y in (np.argsort(x, axis=-1), x > 0, np.isnan(x)):
         assert np.asarray(y).dtype.kind in "ib"
     np.testing.assert_array_equal(np.argsort(x, axis=-1), np.argsort(plain(x), axis=-1))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_attention_passes_in_the_noise_that_its_band_is_made_of(direction: str) -> None:
+    """Where every operation rounds to bfloat16, the reference in fresh noise passes every case. With scores of 10,000 whose units are 64,
+    a backward whose scores, or whose lse, round otherwise than the forward's finds probabilities of exp(64) and more."""
+    op = OPS["attention"]
+    for case in op.cases:
+        vector = make(op, case, direction, BF16)
+        question = Question(op, direction, vector.inputs, case.attrs, BF16)
+        for seed in range(1000, 1010):
+            with np.errstate(all="ignore"):
+                outputs = op.run(direction, noisy_inputs(vector.inputs, Noise(BF16, seed)), case.attrs)
+                found = judge(question, as_returned(question, {k: plain(y) for k, y in outputs.items()}), vector.band)
+            assert found.verdict == PASS, (case.name, seed, found.reasons)
+
+
+def test_what_is_kept_rounds_the_same_again_where_every_operation_rounds() -> None:
+    """once: the same numbers whenever it is computed, of one run; other runs' and other values' errors are others. Where float32 operations
+    err alone a fused backward computes it anew, and nothing is marked."""
+    values = Source("again").normal((4, 5))
+    for precision, alike in ((BF16, True), (FP32, False)):
+        x = noisy_inputs({"x": values}, Noise(precision, 3))["x"]
+        first, between, second = plain(once(x) * 1.1), plain(x * 1.1), plain(once(x) * 1.1)
+        assert np.array_equal(first, second) is alike
+        assert not np.array_equal(first, between)
+        assert not np.array_equal(first, plain(once(noisy_inputs({"x": values}, Noise(precision, 4))["x"]) * 1.1))
+    assert once(values) is values
+
+
+def test_what_rows_are_normalised_by_is_float32_at_least() -> None:
+    """wide: errors of float32 where bfloat16's are claimed; the same as ever where float32 is."""
+    values = 1000 + Source("wide").normal((4, 5))
+    relative = {}
+    for precision in (BF16, FP32):
+        x = noisy_inputs({"x": values}, Noise(precision, 3))["x"]
+        relative[precision.name] = float(np.max(np.abs(plain(wide(x) * 1.1) / (values * 1.1) - 1)))
+    assert 0 < relative["bf16-eager"] < 2.0**-22
+    assert 0 < relative["fp32"] < 2.0**-22
+    assert wide(values) is values
 
 
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if not op.exact])

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,8 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from leadline.golden import maps, verify
 from leadline.golden.cli import main
+from leadline.golden.explain import Explanation
 from leadline.golden.html import html
 from leadline.golden.outputs import unwritable
+from leadline.golden.precision import PRECISIONS
+from leadline.golden.report import evidence
 from leadline.golden.runs import Run, read
 from leadline.golden.summaries import junit, markdown
 from leadline.golden.verify import CaseResult, Report
@@ -198,6 +202,23 @@ def test_a_wrong_shape_has_no_map() -> None:
 
     (result,) = verify(cut, op="rmsnorm", precision="fp32", cases=["small"]).results
     assert (result.verdict, dict(result.maps)) == ("FAIL", {})
+
+
+def test_infinities_are_mapped_without_a_word() -> None:
+    """∞ where ∞ is due is no error, ∞ where a number is due is infinitely many σ; NumPy's warnings are not the user's."""
+    got, truth, sigma = np.array([np.inf, np.inf, 1.0, -np.inf]), np.array([np.inf, 1.0, 1.0, np.inf]), np.array([0.0, 0.1, 0.1, 0.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        z = maps.deviations(got, truth, sigma, np.ones(4, dtype=bool), PRECISIONS["fp32"])
+    assert np.array_equal(z, [0.0, np.inf, 0.0, np.inf])
+
+
+def test_the_evidence_says_no_more_than_is_known() -> None:
+    """A coefficient of 1 has its digits, and millions of deviations are not told as 9999."""
+    sure, some = Explanation("a", "A.", coefficient=1.0, significance=3.2e6), Explanation("a", "A.", coefficient=0.01923, significance=37.2)
+    assert evidence(sure) == "[1.00 of its difference is there, over 9999 deviations from chance.] "
+    assert evidence(some) == "[0.0192 of its difference is there, 37 deviations from chance.] "
+    assert evidence(Explanation("a", "A.")) == ""
 
 
 def test_the_histogram_counts_by_halves_of_sigma() -> None:

@@ -138,11 +138,11 @@ def test_an_interrupt_loses_no_finished_case(tmp_path: Path) -> None:
     lines = tmp_path / "run.jsonl"
     arguments = ["verify", str(tmp_path / "slow.py"), "--op", "rmsnorm", "--direction", "forward", "--jsonl", str(lines)]
     process = subprocess.Popen([sys.executable, "-c", "from leadline.golden.cli import main; main()", *arguments], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while (not lines.exists() or lines.read_text().count("\n") < 4) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=300) == 130
     written = lines.read_text().count("\n") - 1
     assert written >= 3
     before = len((tmp_path / "asked").read_text())

@@ -458,7 +458,7 @@ def test_a_signal_leaves_no_half_file(tmp_path: Path, number: signal.Signals) ->
         assert process.stdout.readline() == "writing\n"
         time.sleep(0.05)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert err.strip() == ("leadline: interrupted" if number == signal.SIGINT else "")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
