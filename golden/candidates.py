@@ -152,9 +152,9 @@ def _decides_no_worse(question: Question, returned: Mapping[str, Returned], thei
             if decided.shape != got.shape:
                 return False
             same = got == decided if got.dtype.kind != "f" else (got == decided) | (np.isnan(got) & np.isnan(decided))
-            apart.append(float(np.mean(same)))
+            apart.append(float(np.mean(same)) if same.size else 1.0)
             sets = np.sort(got, -1) == np.sort(decided, -1) if got.dtype.kind != "f" and got.ndim else same
-            apart.append(float(np.mean(sets)))
+            apart.append(float(np.mean(sets)) if sets.size else 1.0)
         if apart[1] < apart[3]:
             return False
         if apart[0] < 1:

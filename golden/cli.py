@@ -307,31 +307,30 @@ def golden() -> None:
 @click.option("--check", is_flag=True, help="Write nothing; prove that the stored vectors are what the code makes.")
 @click.option("--op", "names", multiple=True, help="One op (repeat for more); all by default.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path), help="Where the vectors are; golden/vectors of a checkout by default.")
-def generate(check: bool, names: tuple[str, ...], directory: Path | None) -> None:
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Processes.")
+def generate(check: bool, names: tuple[str, ...], directory: Path | None, jobs: int) -> None:
     """Write every vector anew (in a source checkout), each blessed by the reference and an oracle."""
     from . import generate as g
+    from .spread import executor
 
     chosen = {op_named(name).name for name in names} or set(OPS)
     checkout = Path.cwd() if (Path.cwd() / "golden" / "vectors").is_dir() and (Path.cwd() / "tests" / "oracles").is_dir() else None
     if not check and checkout is None:
         raise UsageError("vectors are generated in a source checkout (cd to it); --check works anywhere")
-    oracles = g.load_oracles(checkout) if checkout else None
     directory = directory or (checkout / "golden" / "vectors" if checkout else DIRECTORY)
     found, count = [], 0
-    for op, precision in g.files():
-        if op.name not in chosen:
-            continue
-        index, arrays = g.build(op, precision, oracles)
-        count += len(index["vectors"])
-        if check:
-            found += g.differences(directory, op, precision, index, arrays)
-        else:
-            g.write(directory, op, precision, index, arrays)
+    with executor(jobs, None) as pool:
+        files = [(op.name, precision.name) for op, precision in g.files() if op.name in chosen]
+        files.sort(key=lambda file: -max(math.prod(case.dims.values()) for case in OPS[file[0]].cases))  # long ones are not left for last
+        for future in [pool.submit(g.one, *file, checkout, directory, check) for file in files]:
+            vectors, differences = future.result()
+            count += vectors
+            found += differences
     if check and not names:
         found += [f"{path}: no op makes it" for path in sorted(directory.glob("*/*")) if path.parent.name not in OPS]
-    for line in found:
+    for line in sorted(found):
         click.echo(line)
-    agreed = "blessed by the oracles" if oracles else "oracles not at hand, so not asked again"
+    agreed = "blessed by the oracles" if checkout else "oracles not at hand, so not asked again"
     click.echo(f"{count} vectors {'checked' if check else 'written'} ({agreed}), {len(found)} differences")
     if found:
         sys.exit(1)

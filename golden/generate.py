@@ -61,6 +61,16 @@ def build(op: Op, precision: Precision, oracles: dict[tuple[str, str], Oracle] |
     return index, arrays
 
 
+def one(name: str, precision_name: str, checkout: Path | None, directory: Path, check: bool) -> tuple[int, list[str]]:
+    """One file made, and compared or written: how many vectors, and what differs"""
+    op, precision = OPS[name], PRECISIONS[precision_name]
+    index, arrays = build(op, precision, load_oracles(checkout) if checkout else None)
+    if check:
+        return len(index["vectors"]), differences(directory, op, precision, index, arrays)
+    write(directory, op, precision, index, arrays)
+    return len(index["vectors"]), []
+
+
 def bless(vector: Vector, oracle: Oracle) -> None:
     """Raises if the oracle disagrees with the reference by more than float64's rounding explains (SLACK·6 σ at fp64), or in any bit."""
     attrs = {**vector.op.defaults, **vector.case.attrs}

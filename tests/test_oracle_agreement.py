@@ -16,7 +16,7 @@ from leadline.golden.draw import draw_case
 from leadline.golden.precision import PRECISIONS
 from leadline.ref import OPS, Op
 from leadline.ref.formats import CASTS
-from oracles import ORACLES, cast, eplb, moe, router
+from oracles import ORACLES, block, cast, eplb, model, moe, mtp, router
 from oracles.cast import boundaries, mirrored
 from oracles.floats import CAST_FORMATS
 
@@ -25,8 +25,10 @@ Attrs = dict[str, Any]
 PLACES = [(name, direction) for name, op in OPS.items() for direction in ("forward", "backward") if direction == "forward" or op.bwd]
 EXACT = [name for name, op in OPS.items() if op.exact and all(t.kind != "index" for t in (*op.inputs, *op.outputs))]  # any sizes
 DECLARED = {True: 150_000, False: 60_000}  # of a declared case, which is asked once for all bugs
-COST = {True: 20_000, False: 5_000}  # elements that an oracle is given: 5 μs each in exact fractions, 50 μs in 50 digits
+COST = {True: 20_000, False: 12_000}  # elements that an oracle is given: 5 μs each in exact fractions, 50 μs in 50 digits
 UNIT = 2.0**-53
+ROW_BY_ROW = {"block": block.margin, "mtp": mtp.margin}
+WHOLE = {"mtp.loss": mtp.loss_margin, "model": model.margin}
 
 
 def canonical(x: np.ndarray) -> bytes:
@@ -93,8 +95,12 @@ def decided(op: Op, direction: str, inputs: Arrays, attrs: Attrs) -> Any:
     """The rows whose decision float64 rounding cannot turn. s errs by 4 units at most (exp, sum, quotient, and one more), s + bias by one
     more of its own, a group's score is the sum of two: 12 units of the largest, on either side of the gap. Equal inputs tie in any
     arithmetic, so the oracle counts them as no risk."""
-    if direction == "backward" or op.name not in ("router.noaux_tc", "router.softmax", "moe.layer", "moe.eplb"):
+    if direction == "backward" or op.name not in ("router.noaux_tc", "router.softmax", "moe.layer", "moe.eplb", *ROW_BY_ROW, *WHOLE):
         return ...
+    if op.name in ROW_BY_ROW:  # errors of some hundred units before the scores; a token's choice reaches no other row
+        return ROW_BY_ROW[op.name](inputs, attrs) > 2.0**-36
+    if op.name in WHOLE:  # a choice reaches every later row
+        return ... if WHOLE[op.name](inputs, attrs) > 2.0**-36 else np.zeros((), bool)
     if op.name == "moe.eplb":  # loads are added in the inputs' own dtype, a few of them at a time
         clear = eplb.margin(inputs, attrs) > 2.0**-16
         return np.full_like(clear, clear.all())  # one layer's counts set the width of all
