@@ -99,7 +99,7 @@ mla_decode(const u16* __restrict__ q, const unsigned char* __restrict__ pages, c
         if ((LAYOUT || STAGES == 2) && n + 1 < last) fetch(cache, LAYOUT ? raw : k_tiles + (n + 1 - first) % STAGES * TILE_BYTES, n + 1);
 
         float z[4][4] = {};
-#pragma unroll 4
+#pragma unroll 2
         for (int k = 0; k < div_up(K, 16); k++) {
             u32 qa[4], kb[4];
             load_a<K>(qa, q_tile, top, k);
@@ -149,7 +149,7 @@ mla_decode(const u16* __restrict__ q, const unsigned char* __restrict__ pages, c
 #pragma unroll
             for (int j = 0; j < 4; j++) acc[i][j] *= shrink[j / 2];
         __syncthreads();  // both halves' weights are there
-#pragma unroll
+#pragma unroll 2
         for (int k = 0; k < KEYS / 16; k++) {
             u32 pa[4], vb[4];
             load_a<KEYS>(pa, p_tile, top, k);
