@@ -107,7 +107,8 @@ def drawn(name: str, shape: tuple[int, ...], seed: int, rows: slice) -> NDArray[
     """Rows of a weight, each number a function of the seed, the name and its place.
 
     Four 16-bit uniforms, summed, centred (variance 1, within ±3.5, never 0, no function that machines could disagree on), times
-    fan_in^(-1/2). Embeddings 1, the head HEAD times that; norms lie in 7/8 to 9/8; the correction bias has the deviation 1/16.
+    fan_in^(-1/2). Embeddings 1, the head HEAD times that; norms lie in 7/8 to 9/8; the correction bias has the deviation 1/16, about 0
+    in even layers and about -1 in odd ones: which experts are right is the same, but a router that needs positive scores goes wrong.
     """
     width = int(np.prod(shape[1:]))
     source = Source(f"leadline/checkpoint/1 {seed} {name}")
@@ -119,7 +120,8 @@ def drawn(name: str, shape: tuple[int, ...], seed: int, rows: slice) -> NDArray[
     sums = (sums >> np.uint64(32)) + (sums & np.uint64(0xFFFFFFFF))
     x = (2 * sums.astype(np.int32) - 262139).astype(np.float32)  # odd, so never 0; of variance 4 · 4 (2^32 - 1)/12
     if len(shape) == 1:
-        x = 1 + x * np.float32(0.125 / 262144) if "norm" in name else x * np.float32(0.0625 / 75674)
+        at = np.float32(1 if "norm" in name else -(int(name.split(".")[2]) % 2))
+        x = at + x * np.float32(0.125 / 262144 if "norm" in name else 0.0625 / 75674)
     else:
         gain = HEAD if name.endswith(("lm_head.weight", "shared_head.head.weight")) else 1.0
         x *= np.float32(gain / 75674 * (1.0 if "embed_tokens" in name else shape[1] ** -0.5))

@@ -82,12 +82,12 @@ DIGESTS = {
     ("tiny-v2", True): "d8c2ba0ef1e0c4a3",
     ("tiny-v2-lite", False): "8cdf17341a6f214f",
     ("tiny-v2-lite", True): "f3286de2f612421b",
-    ("tiny-v3", False): "93bfc70600c90d00",
-    ("tiny-v3", True): "4e68fc75a046a466",
-    ("tiny-v3.1", False): "93bfc70600c90d00",
-    ("tiny-v3.1", True): "66b42e7871a660db",
-    ("tiny-k2", False): "b1b6cb5260cf3c3d",
-    ("tiny-k2", True): "4ba13da81a996a32",
+    ("tiny-v3", False): "764384365d917743",
+    ("tiny-v3", True): "cb8360dce243557e",
+    ("tiny-v3.1", False): "764384365d917743",
+    ("tiny-v3.1", True): "ea4e3eba35b3f984",
+    ("tiny-k2", False): "468d8720383790c4",
+    ("tiny-k2", True): "d8f3b16da48dac08",
 }
 
 
@@ -159,7 +159,7 @@ def test_weights_are_realistic(made: Callable) -> None:
                 assert ((w >= 0.875) & (w <= 1.125)).all()
             elif w.ndim == 1:
                 assert name.endswith("e_score_correction_bias")
-                assert 0.02 < np.abs(w).mean() < 0.1
+                assert 0.02 < np.abs(w + int(name.split(".")[2]) % 2).mean() < 0.1  # odd layers are lower by 1
             elif "embed" not in name and "head" not in name:
                 # the mean of m squares of variance 1 and fourth moment 2.7 has the deviation sqrt(1.7/m); five of those
                 assert abs(np.mean(w.astype(np.float64) ** 2) * w.shape[1] - 1) < 5 * (1.7 / w.size) ** 0.5
