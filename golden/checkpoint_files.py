@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..ref.config import YARN, Config
+from ..ref.config import Config
 from .safetensor_file import Reader, short
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,15 +30,6 @@ V2_DEFAULTS = {
     "scoring_func": "softmax",
     "norm_topk_prob": False,
     "routed_scaling_factor": 1.0,
-}
-# What these models have in common; another value would be another model.
-FIXED = {
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "moe_layer_freq": 1,
-    "rope_interleave": True,
 }
 
 
@@ -85,30 +76,11 @@ def read_config(directory: Path) -> tuple[Config, int, dict[str, Any]]:
     if kind not in MODEL_TYPES and (kind is not None or not known):
         refuse(file, f"model_type is {kind!r}", f"one of {', '.join(MODEL_TYPES)}")
     is_v2 = (known or [kind])[0] in ("DeepseekV2ForCausalLM", "deepseek_v2")
-    for name, value in FIXED.items():
-        if about.get(name, value) not in (value, None):
-            refuse(file, f"{name} is {short(about[name])}", json.dumps(value))
     fields = {name: value for name, value in about.items() if value is not None or name in ("q_lora_rank", "rope_scaling")}
     if "n_shared_experts" in about:
         fields["n_shared_experts"] = about["n_shared_experts"] or 0  # null: none
-    fields |= _rope(fields.pop("rope_parameters", None), fields, file)
-    try:
-        config = Config.from_dict({**(V2_DEFAULTS if is_v2 else {}), **fields}, str(file))
-    except TypeError as error:  # text where a number belongs
-        raise ValueError(f"{file}: {error}; expected the kinds of values that are published") from error
+    config = Config.from_dict({**(V2_DEFAULTS if is_v2 else {}), **fields}, str(file))
     return config, _block(about, file), about
-
-
-def _rope(parameters: Any, fields: dict[str, Any], file: Path) -> dict[str, Any]:
-    """transformers' rope_parameters, under the names that were published: rope_theta and rope_scaling."""
-    if parameters is None or fields.get("rope_scaling"):
-        return {}
-    if not isinstance(parameters, dict):
-        refuse(file, f"rope_parameters is {short(parameters)}", "an object")
-    found = {"rope_theta": parameters["rope_theta"]} if "rope_theta" in parameters else {}
-    if parameters.get("rope_type", "default") != "default":
-        found["rope_scaling"] = {name: parameters[name] for name in ("rope_type", *YARN) if parameters.get(name) is not None}
-    return found
 
 
 def _block(about: dict[str, Any], file: Path) -> int:

@@ -20,31 +20,35 @@ IGNORED = frozenset(
         "bos_token_id",
         "eos_token_id",
         "pad_token_id",
-        "attention_bias",
         "attention_dropout",
-        "hidden_act",
         "initializer_range",
         "pretraining_tp",
         "ep_size",
         "aux_loss_alpha",
         "seq_aux",
-        "moe_layer_freq",
         "num_key_value_heads",
-        "tie_word_embeddings",
         "quantization_config",
         "_name_or_path",
         "head_dim",
         "qk_head_dim",
-        "rope_interleave",
         "output_router_logits",
         "router_aux_loss_coef",
         "num_local_experts",
-        "rope_parameters",
-        "mlp_bias",
         "first_k_dense",
         "mlp_layer_types",
     ]
 )
+
+# What these models have in common; another value would be another model.
+FIXED = {
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+}
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -131,9 +135,13 @@ class Config:
     def from_dict(cls, found: Any, where: str = "config") -> "Config":
         if not isinstance(found, dict):
             raise ValueError(f"{where} is {type(found).__name__}; expected an object")
+        for name, value in FIXED.items():
+            if found.get(name, value) not in (value, None):
+                raise ValueError(f"{where}: {name} is {json.dumps(found[name])}; expected {json.dumps(value)}")
         own = {f.name for f in dataclasses.fields(cls)}
+        found = {**found, **_rope(found.get("rope_parameters"), found, where)}
         scaling = found.get("rope_scaling")
-        fields = {k: v for k, v in found.items() if k not in ("rope_scaling", *IGNORED)}
+        fields = {k: v for k, v in found.items() if k not in ("rope_scaling", "rope_parameters", *FIXED, *IGNORED)}
         for name in fields:
             if name not in own or name in YARN:
                 near = difflib.get_close_matches(name, own, n=1, cutoff=0.6)
@@ -143,6 +151,14 @@ class Config:
                 raise ValueError(f"{where}: {name} is missing")
         quantization = found.get("quantization_config") or {}
         config = cls(**{**fields, **_yarn(scaling, where), "scale_fmt": quantization.get("scale_fmt", fields.get("scale_fmt"))})
+        for f in dataclasses.fields(cls):  # text where a number belongs would only be met somewhere in the arithmetic
+            value, kind = getattr(config, f.name), type(f.default)
+            if (
+                kind in KINDS
+                and not (value is None and "None" in str(f.type))
+                and not isinstance(value, (int, float) if kind is float else kind)
+            ):
+                raise ValueError(f"{where}: {f.name} is {value!r}; expected {KINDS[kind]}")
         config.check(where)
         _check_derived(found, config, where)
         return config
@@ -180,6 +196,18 @@ class Config:
 
 
 YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+def _rope(parameters: Any, found: dict[str, Any], where: str) -> dict[str, Any]:
+    """transformers 5's rope_parameters, under the names that were published: rope_theta and rope_scaling."""
+    if parameters is None or found.get("rope_scaling"):
+        return {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{where}: rope_parameters is {type(parameters).__name__}; expected an object")
+    fields = {"rope_theta": parameters["rope_theta"]} if "rope_theta" in parameters else {}
+    if parameters.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = {name: parameters[name] for name in ("rope_type", *YARN) if parameters.get(name) is not None}
+    return fields
 
 
 def _yarn(scaling: Any, where: str) -> dict[str, Any]:
