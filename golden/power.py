@@ -2,13 +2,12 @@
 
 A bug meets our judge twice: computed in float64 and rounded once, and computed as its precision claims, every operation erring at random,
 so that it can hide in rounding noise. The field's metrics are asked of the first, which has no noise to excuse them. A row of its own, the
-reference itself computed as the precision claims, counts the false alarms of every judge.
+reference itself computed as the precision claims, counts the false alarms of every judge. The bugs of FP8 ops are judged under every recipe
+and accumulator that the cases have, and each of those is counted by itself.
 """
 
 import functools
-import hashlib
 import itertools
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -22,21 +21,21 @@ from ..ref.op import OPS, Case, Op, op_named
 from . import field as fields
 from .band import Arrays, carrier
 from .bugs import Bug, bugs_of
-from .catalogue import Caught, caught, conventions
+from .catalogue import conventions
 from .draw import Source
-from .explain import alternatives, consolidate, explain, hidden
+from .explain import Explanation, alternatives, consolidate, explain, hidden
 from .judge import FAIL, Question, as_returned, judge
 from .montecarlo import Noise, noisy_inputs
+from .power_sample import CORRECT, chosen, drawn, elements, recipes_of
 from .precision import Precision, precision_named
-from .vectors import LARGE, Store, Vector, directions, make
+from .vectors import Store, Vector, directions, make
 
 SCHEMA = "leadline.power/1"
 PRECISIONS = ("fp32", "bf16", "bf16-eager")
-CORRECT = "(correct)"  # the reference in a bug's place
 SEED = 1000  # of the noise: none of the band's own runs
-EXPLAINED = 3  # failing cases that are explained, as in verify
+UNSURE = ("fingerprint", "precision", "intermediate")  # kinds of explanations that are no name
+EXPLAINED = 3  # failing cases that are explained, as in verify, and one of every recipe
 CHUNK = 6  # bugs that a process is handed at once
-QUICK = {"share": 12, "cases": 2, "flops": 50_000}  # one bug in 12, on 2 cases that are stored whole and cost no more, one that reveals it
 
 
 @dataclass(frozen=True)
@@ -59,59 +58,19 @@ def mutants(op: Op, direction: str, precision: str) -> list[Bug]:
 def parts(
     ops: Iterable[str] | None = None, precisions: Iterable[str] | None = None, quick: bool = True, named: bool = True, chunk: int = CHUNK
 ) -> list[Part]:
-    """The work, cheap ops first. The quick form takes a fixed sample of the bugs, chosen by their names."""
-    chosen = [op_named(name) for name in ops] if ops else list(OPS.values())
-    chosen = sorted(chosen, key=lambda op: sum(_elements(op, c) for c in op.cases if c.quick))
-    names = [precision_named(p).name for p in precisions or (PRECISIONS[:2] if quick else PRECISIONS)]
+    """The work, cheap ops first. The quick form takes a fixed sample of the bugs."""
+    asked = [op_named(name) for name in ops] if ops else list(OPS.values())
+    asked = sorted(asked, key=lambda op: sum(elements(op, c) for c in op.cases if c.quick))
+    names = [precision_named(p).name for p in precisions or PRECISIONS]
     found = []
-    for op in chosen:
+    for op in asked:
         for way, precision in itertools.product(directions(op), names):
             ids = list(dict.fromkeys(b.id for b in mutants(op, way, precision)))
             if quick:
-                some = [i for i in ids if i != CORRECT and _draw(f"{op.name} {way} {i}", QUICK["share"])] if sample(op) else []
+                some = chosen(op, way, precision, [i for i in ids if i != CORRECT])
                 ids = [*some, CORRECT] if some else []
             found += [Part(op.name, way, precision, tuple(ids[i : i + chunk]), quick, named) for i in range(0, len(ids), chunk)]
     return found
-
-
-def sample(op: Op) -> list[Case]:
-    """The cases that the quick form may take: the cheap ones, in an order that a hash draws."""
-    cheap = [c for c in op.cases if c.quick and _elements(op, c) <= LARGE and _flops(op, c) <= QUICK["flops"]]
-    return sorted(cheap, key=lambda c: _hash(f"{op.name} {c.name}"))
-
-
-def drawn(bug: Bug, op: Op, direction: str, store: Store) -> list[Case]:
-    """The quick form's cases of a bug: one that the stored vectors say reveals it at float32, if there is one, and others."""
-    known = _caught(store.directory).get(bug.id, {}).get("fp32", {}).get(op.name, [])
-    revealing = [c for c in sample(op) if f"{c.name}/{direction}" in known]
-    return list({c.name: c for c in (*revealing[:1], *sample(op))}.values())[: QUICK["cases"]]
-
-
-@functools.cache
-def _caught(directory: Path) -> dict[str, Caught]:
-    return caught(directory)
-
-
-def _letters(op: Op, case: Case) -> dict[str, Any]:
-    return {"x": 1, **op.defaults, **case.attrs, **case.dims}  # x: as long as the values make it
-
-
-def _elements(op: Op, case: Case) -> int:
-    """Of all arrays in and out"""
-    tensors = (*op.signature_of("forward", case.draw)[0], *op.outputs)
-    return sum(math.prod(t.shape(_letters(op, case))) for t in tensors)
-
-
-def _flops(op: Op, case: Case) -> int:
-    return eval(op.flops, {"__builtins__": {}}, _letters(op, case))  # a formula of the declaration, in its letters
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-
-
-def _draw(text: str, share: int) -> bool:
-    return _hash(text) % share == 0
 
 
 def run(
@@ -134,12 +93,10 @@ def records(part: Part, store: Store) -> list[dict[str, Any]]:
     """What came of each bug of a part."""
     op, precision = op_named(part.op), precision_named(part.precision)
     whole = mutants(op, part.direction, part.precision)
-    chosen = {
-        id(b): drawn(b, op, part.direction, store) if part.quick else [c for c in op.cases if c.quick] for b in whole if b.id in part.ids
-    }
-    cases = list({c.name: c for each in chosen.values() for c in each}.values())
+    cases_of = {id(b): _cases(b, op, part, store) for b in whole if b.id in part.ids}
+    cases = list({c.name: c for each in cases_of.values() for c in each}.values())
     stored = {c.name: _vector(None if part.quick else store, op, c, part.direction, precision) for c in cases}
-    found = [_record(b, [stored[c.name] for c in chosen[id(b)]], part) for b in whole if b.id in part.ids]
+    found = [_record(b, [stored[c.name] for c in cases_of[id(b)]], part) for b in whole if b.id in part.ids]
     if part.named and (CORRECT in part.ids or part.quick):  # what others do on these cases: once for an op, direction and precision
         others = {b.id: b for b in whole if part.quick and b.id not in part.ids}
         changes = {f"{name}={value}": {name: value} for c in cases for a in alternatives(op, c.attrs) for name, value in a.items()}
@@ -147,6 +104,18 @@ def records(part: Part, store: Store) -> list[dict[str, Any]]:
         common = {"op": part.op, "direction": part.direction, "precision": part.precision}
         found += [{**common, "other": title, "print": _prints(bug, stored.values())} for title, bug in others.items()]
     return found
+
+
+def _cases(bug: Bug, op: Op, part: Part, store: Store) -> list[Case]:
+    if not part.quick:
+        return [c for c in op.cases if c.quick]
+
+    def differs(case: Case) -> bool:
+        v = _vector(None, op, case, part.direction, precision_named(part.precision))
+        y = outputs_of(bug, v)
+        return y is not None and any(not np.array_equal(y[k], truth, equal_nan=y[k].dtype.kind == "f") for k, truth in v.band.truth.items())
+
+    return drawn(bug, op, part.direction, part.precision, store, differs)
 
 
 def _prints(bug: Bug, stored: Iterable[Vector]) -> dict[str, list[float] | None]:
@@ -194,8 +163,11 @@ def _record(bug: Bug, stored: list[Vector], part: Part) -> dict[str, Any]:
         "errors": [],
         "filtered": {},
     }
-    explained, passed = [], []
+    explained: dict[str, list[Explanation]] = {}  # by case
+    covered: set[str] = set()  # recipes
+    passed = []
     for v in stored:
+        recipes = recipes_of(v.op, v.case)
         question = Question(v.op, v.direction, v.inputs, v.case.attrs, v.precision)
         plain = outputs_of(bug, v)
         found["print"][v.case.name] = None if plain is None else fingerprint(v, plain)
@@ -225,15 +197,28 @@ def _record(bug: Bug, stored: list[Vector], part: Part) -> dict[str, Any]:
                 passed += [(question, returned, v)] * (v.case.name in found["differ"] or bug.id == CORRECT)
                 continue
             found["computed"].append(v.case.name)
-            if part.named and bug.id != CORRECT and len(explained) < EXPLAINED:
-                explained.append(explain(question, returned, v.band))
-    found["named"] = [[e.id, n] for e, n in consolidate(explained)]
-    found["explained"] = len(explained)
+            sure = [len(e) == 1 and e[0].kind not in UNSURE for e in explained.values()]
+            settled = part.quick and (any(sure) or len(sure) > 1)  # a second one where there are rivals
+            wanted = not settled and len(sure) < EXPLAINED
+            another = bool(set(recipes) - covered) and (v.op.exact or not part.quick)  # cheap where nothing rounds
+            if part.named and bug.id != CORRECT and (wanted or another):
+                explained[v.case.name] = explain(question, returned, v.band)
+                covered.update(recipes)
+    found["named"] = [[e.id, n] for e, n in consolidate(explained.values())]
+    found["explained"] = list(explained)
+    found["by_recipe"] = _by_recipe(op_named(part.op), explained)
     if part.named and not found["computed"] and not op_named(part.op).exact:  # a survivor: is it in the error all the same?
         with np.errstate(all="ignore"):
             seen = {v.case.name: [e.id for e in hidden(question, returned, v.band)] for question, returned, v in passed}
         found["filtered"] = {case: ids for case, ids in seen.items() if ids}
     return found
+
+
+def _by_recipe(op: Op, explained: Mapping[str, list[Explanation]]) -> dict[str, list[str]]:
+    """What a bug is taken for under each recipe."""
+    cases = {recipe: [c.name for c in op.cases if recipe in recipes_of(op, c)] for c in op.cases for recipe in recipes_of(op, c)}
+    asked = {recipe: [explained[name] for name in names if name in explained] for recipe, names in cases.items()}
+    return {recipe: [e.id for e, _ in consolidate(found)] for recipe, found in asked.items() if found}
 
 
 def outputs_of(bug: Bug, v: Vector, noise: Noise | None = None) -> Arrays | None:

@@ -1,8 +1,7 @@
-"""What the kill matrix comes to: a table for each precision, totals in percent, what survives, what is taken for something else."""
+"""The kill matrix printed: a table for each precision, totals in percent, what survives, what is taken for something else."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,126 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .catalogue import entries
 from .errors import UsageError
 from .field import METRICS
-from .power import CORRECT, SCHEMA, parts, run
+from .power import SCHEMA, parts, run
+from .power_count import NAMED, OURS, ROUNDED, SHOWN, WANTED, Count, Matrix, Record, count
 from .vectors import Store
-
-SAME = 1e-9  # relative: fingerprints that are no further apart are of one function
-OURS, ROUNDED = "leadline", "rounded"
-JUDGES = (OURS, ROUNDED, *METRICS)
-SHOWN = dict(zip((OURS, *METRICS), ("ours", "allclose", "assert", "calc_diff", "cosine", "85%"), strict=True))
-Record = Mapping[str, Any]
-WANTED = {"fp32": 1.0, "bf16": 0.9}  # the share of bugs that fail
-NAMED = 0.95  # the share of them that are named first, at fp32
-
-
-@dataclass
-class Count:
-    """Bugs of an op at a precision, how many each judge kills, and the same by case; cases of the reference and false alarms on them."""
-
-    bugs: int = 0
-    killed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(JUDGES, 0))
-    cases: int = 0
-    cases_killed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(JUDGES, 0))
-    asked: int = 0
-    first: int = 0
-    correct: int = 0
-    alarms: dict[str, int] = field(default_factory=lambda: dict.fromkeys(JUDGES, 0))
-
-    def add(self, other: "Count") -> None:
-        for name in ("bugs", "cases", "asked", "first", "correct"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("killed", "cases_killed", "alarms"):
-            for judge, count in getattr(other, name).items():
-                getattr(self, name)[judge] += count
-
-
-@dataclass
-class Matrix:
-    """The records, counted."""
-
-    rows: dict[str, dict[str, Count]] = field(default_factory=dict)  # by precision and op
-    survivors: list[Record] = field(default_factory=list)
-    misnamed: list[tuple[Record, list[str]]] = field(default_factory=list)  # with the ids that would have been right
-    errors: list[Record] = field(default_factory=list)
-
-    def total(self, precision: str) -> Count:
-        total = Count()
-        for count in self.rows[precision].values():
-            total.add(count)
-        return total
-
-
-def count(records: Iterable[Record]) -> Matrix:
-    """Sums records up. A bug counts as named first if it, or one that is the same function on these cases, is."""
-    groups: dict[tuple[str, str, str], list[Record]] = {}
-    for record in records:
-        if "op" in record:
-            groups.setdefault((record["precision"], record["op"], record["direction"]), []).append(record)
-    matrix = Matrix()
-    for (precision, op, _), group in groups.items():
-        row = matrix.rows.setdefault(precision, {}).setdefault(op, Count())
-        for record in group:
-            if "id" in record:
-                _count(matrix, row, record, group)
-    return matrix
-
-
-def _count(matrix: Matrix, row: Count, record: Record, group: list[Record]) -> None:
-    failing = {OURS: record["computed"], ROUNDED: record["rounded"], **record["field"]}
-    if record["errors"]:
-        matrix.errors.append(record)
-    if record["id"] == CORRECT:
-        row.correct += record["cases"]
-        for judge, cases in failing.items():
-            row.alarms[judge] += len(cases)
-        return
-    alike = same(record, group)
-    filtered = [case for case, ids in record["filtered"].items() if set(ids) & set(alike)]
-    row.bugs += 1
-    row.cases += len(record["differ"])
-    for judge, cases in failing.items():
-        row.killed[judge] += bool(cases) or (judge == OURS and bool(filtered))
-        row.cases_killed[judge] += len(set(cases) & set(record["differ"]))
-    if not (record["computed"] or filtered):
-        matrix.survivors.append(record)
-    if record["explained"]:
-        row.asked += 1
-        right = bool(record["named"]) and record["named"][0][0] in alike
-        row.first += right
-        if not right:
-            matrix.misnamed.append((record, alike))
-
-
-def same(record: Record, group: Iterable[Record]) -> list[str]:
-    """The ids, and attributes' values, that are the same function as a bug on the cases of both; its own first."""
-    found = [record["id"]]
-    if record["id"] == "topk-tie-break":
-        found.append("ties")
-    entry = entries().get(record["id"])
-    found += [f"{name}={value}" for bug in (entry.bugs if entry else ()) for name, value in bug.attrs.items()]
-    for other in group:
-        id = other.get("id") or other["other"]
-        if id not in (*found, CORRECT) and _alike(record["print"], other["print"]):
-            found.append(id)
-    return found
-
-
-def _alike(ours: Mapping[str, list[float] | None], theirs: Mapping[str, list[float] | None]) -> bool:
-    """On the cases of both. Fingerprints are triples: a norm, a product with random numbers over it, a count."""
-    common = ours.keys() & theirs.keys()
-    for case in common:
-        a, b = ours[case], theirs[case]
-        if a is None or b is None or len(a) != len(b) or a[2::3] != b[2::3]:
-            if a is b is None:
-                continue
-            return False
-        norms, products = zip(a[::3], b[::3], strict=True), zip(a[1::3], b[1::3], strict=True)
-        if any(abs(x - y) > SAME * max(x, y) for x, y in norms) or any(abs(x - y) > SAME for x, y in products):
-            return False
-    return bool(common)
 
 
 def percent(part: int, whole: int) -> str:
@@ -138,18 +22,12 @@ def percent(part: int, whole: int) -> str:
 
 
 def print_matrix(console: Console, matrix: Matrix) -> None:
-    """A table a precision, then the totals, the survivors and what was taken for something else."""
-    for precision, rows in matrix.rows.items():
-        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-        for name in (precision, "bugs", *SHOWN.values(), "first"):
-            table.add_column(name, justify="left" if name == precision else "right", no_wrap=True)
-        for op, c in rows.items():
-            table.add_row(op, str(c.bugs), *(str(c.killed[j]) for j in SHOWN), f"{c.first}/{c.asked}" if c.asked else "·")
-        t = matrix.total(precision)
-        table.add_row("[bold]bugs[/]", str(t.bugs), *(percent(t.killed[j], t.bugs) for j in SHOWN), percent(t.first, t.asked))
-        table.add_row("by case", str(t.cases), *(percent(t.cases_killed[j], t.cases) for j in SHOWN), "")
-        table.add_row("false alarms", str(t.correct), *(str(t.alarms[j]) for j in SHOWN), "")
-        console.print(table)
+    """A table a precision, then the FP8 recipes', the survivors and what was taken for something else, and the totals, a line each."""
+    for precision in matrix.rows:
+        console.print(_table(precision, matrix, precision, matrix.wall.get(precision)))
+        console.print()
+    for precision in matrix.recipes.rows if matrix.recipes else ():
+        console.print(_table(f"FP8 {precision}", matrix.recipes, precision, None))
         console.print()
     for title, lines in lists(matrix).items():
         if lines:
@@ -157,29 +35,46 @@ def print_matrix(console: Console, matrix: Matrix) -> None:
             for line in lines:
                 console.print(f"  {escape(line)}", soft_wrap=True)
     for precision in matrix.rows:
-        t = matrix.total(precision)
+        t, wall = matrix.total(precision), matrix.wall.get(precision)
         field = ", ".join(f"{name} {percent(t.killed[name], t.bugs)}" for name in METRICS)
+        variants = f" and {wall.alarms[OURS]} in {wall.correct:,} of correct variants" if wall else ""
         console.print(
             f"[bold]{precision}[/]: {percent(t.killed[OURS], t.bugs)} of {t.bugs} bugs fail ({percent(t.killed[ROUNDED], t.bugs)} "
             f"without their own rounding noise), {percent(t.first, t.asked)} of {t.asked} named first, {t.alarms[OURS]} false alarms in "
-            f"{t.correct} cases; {field}",
+            f"{t.correct} cases of the reference{variants}; {field}",
             soft_wrap=True,
         )
 
 
+def _table(title: str, matrix: Matrix | None, precision: str, wall: Count | None) -> Table:
+    assert matrix is not None
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for name in (title, "bugs", *SHOWN.values(), "first"):
+        table.add_column(name, justify="left" if name == title else "right", no_wrap=True)
+    for op, c in matrix.rows[precision].items():
+        table.add_row(op, str(c.bugs), *(str(c.killed[j]) for j in SHOWN), f"{c.first}/{c.asked}" if c.asked else "·")
+    t = matrix.total(precision)
+    table.add_row("[bold]bugs[/]", str(t.bugs), *(percent(t.killed[j], t.bugs) for j in SHOWN), percent(t.first, t.asked))
+    table.add_row("by case", str(t.cases), *(percent(t.cases_killed[j], t.cases) for j in SHOWN), "")
+    table.add_row("false alarms", str(t.correct), *(str(t.alarms[j]) for j in SHOWN), "")
+    if wall:
+        table.add_row("of variants", f"{wall.correct:,}", *(f"{wall.alarms[j]:,}" for j in SHOWN), "")
+    return table
+
+
 def lists(matrix: Matrix) -> dict[str, list[str]]:
     """Survivors and misnamed bugs, a line each."""
-    survived = [
-        f"{_titled(r)}" + ("" if r["differ"] else " (no output differs)") + (" (fails if rounded once)" if r["rounded"] else "")
-        for r in matrix.survivors
-    ]
-    misnamed = []
-    for record, alike in matrix.misnamed:
-        named = [id for id, _ in record["named"]]
-        place = next((str(i + 1) for i, id in enumerate(named) if id in alike), "not at all")
-        misnamed.append(f"{_titled(record)}: named {', '.join(named[:3]) or 'nothing'}; itself: {place}")
-    errors = [f"{_titled(r)}: {r['errors'][0]}" for r in matrix.errors]
-    return {"survivors": survived, "taken for something else": misnamed, "not computed with noise": errors}
+    found: dict[str, list[str]] = {"survivors": [], "taken for something else": [], "not computed with noise": []}
+    for part in (matrix, matrix.recipes):
+        for r in part.survivors if part else ():
+            seen = ("" if r["differ"] else " (no output differs)") + (" (fails if rounded once)" if r["rounded"] else "")
+            found["survivors"].append(f"{_titled(r)}{seen}")
+        for r, alike in part.misnamed if part else ():
+            named = [id for id, _ in r["named"]]
+            place = next((str(i + 1) for i, id in enumerate(named) if id in alike), "not at all")
+            found["taken for something else"].append(f"{_titled(r)}: named {', '.join(named[:3]) or 'nothing'}; itself: {place}")
+    found["not computed with noise"] = [f"{_titled(r)}: {r['errors'][0]}" for r in matrix.errors]
+    return found
 
 
 def _titled(record: Record) -> str:
@@ -188,22 +83,25 @@ def _titled(record: Record) -> str:
 
 def totals(matrix: Matrix) -> dict[str, Any]:
     """The last line of the JSON."""
+    recipes = matrix.recipes.rows if matrix.recipes else {}
     return {
-        "total": {
-            precision: {
-                "bugs": t.bugs,
-                "killed": t.killed,
-                "cases": t.cases,
-                "cases_killed": t.cases_killed,
-                "named_first": t.first,
-                "named_asked": t.asked,
-                "correct_cases": t.correct,
-                "false_alarms": t.alarms,
-            }
-            for precision in matrix.rows
-            for t in [matrix.total(precision)]
-        },
+        "total": {precision: _counted(matrix.total(precision)) for precision in matrix.rows},
+        "recipes": {precision: {name: _counted(c) for name, c in rows.items()} for precision, rows in recipes.items()},
+        "variants": {precision: {"cases": c.correct, "false_alarms": c.alarms} for precision, c in matrix.wall.items()},
         **{title.replace(" ", "_"): lines for title, lines in lists(matrix).items()},
+    }
+
+
+def _counted(c: Count) -> dict[str, Any]:
+    return {
+        "bugs": c.bugs,
+        "killed": c.killed,
+        "cases": c.cases,
+        "cases_killed": c.cases_killed,
+        "named_first": c.first,
+        "named_asked": c.asked,
+        "correct_cases": c.correct,
+        "false_alarms": c.alarms,
     }
 
 
@@ -218,6 +116,9 @@ def missed(matrix: Matrix) -> list[str]:
             found.append(f"{precision}: {percent(t.first, t.asked)} are named first; expected {100 * NAMED:.0f}%")
         if t.alarms[OURS]:
             found.append(f"{precision}: the reference fails {t.alarms[OURS]} of {t.correct} cases; expected none")
+    for precision, c in matrix.wall.items():
+        if c.alarms[OURS]:
+            found.append(f"{precision}: correct variants fail {c.alarms[OURS]} of {c.correct} cases; expected none")
     return found
 
 
@@ -231,8 +132,10 @@ def run_power(
     as_json: bool,
     progress: Callable[[int, int, str], None],
     store: Store | None = None,
+    wall: Path | None = None,
 ) -> bool:
-    """Runs the matrix and prints it; whether nothing is missed."""
+    """Runs the matrix and prints it; whether nothing is missed. `wall` is what the wall of correct variants wrote (tests/wall.py)."""
+    variants = read_wall(wall) if wall is not None else []
     records = read(resume) if resume is not None and resume.exists() else []
     done = {(r["op"], r["direction"], r["precision"], r["id"]) for r in records if "id" in r}
     work = parts(ops, precisions, not full, named)
@@ -258,7 +161,7 @@ def run_power(
     finally:
         if file is not None:
             file.close()
-    matrix = count(records)
+    matrix = count(records, variants)
     lines = missed(matrix)
     if as_json:
         click.echo(dumps({**totals(matrix), "missed": lines}))
@@ -282,6 +185,19 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not found or found[0] != {"schema": SCHEMA}:
         raise UsageError(f"{path} is no run of the kill matrix: its first line is not {dumps({'schema': SCHEMA})}")
     return found[1:]
+
+
+def read_wall(path: Path) -> list[dict[str, Any]]:
+    """The records of the wall of correct variants."""
+    try:
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in found:
+            count([], [record])
+    except OSError as error:
+        raise UsageError(str(error)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: {type(error).__name__} {error}; expected the JSON lines that tests/wall.py --resume writes") from error
+    return found
 
 
 def dumps(record: Record) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from leadline.golden import field, power, power_table
+from leadline.golden import field, power, power_count, power_sample, power_table
 from leadline.golden.band import truth_of
 from leadline.golden.bugs import Bug, bugs_of
 from leadline.golden.cli import main
@@ -19,6 +19,7 @@ from leadline.golden.judge import Judgement, Question, Returned, as_returned
 from leadline.golden.power import CORRECT, Part
 from leadline.golden.precision import PRECISIONS
 from leadline.golden.vectors import Store, Vector, directions
+from leadline.ref.fp8_recipes import RECIPES
 from leadline.ref.op import OPS
 
 STORE = Store()
@@ -139,11 +140,11 @@ def test_a_weak_judge_is_told_of_as_surviving(monkeypatch: pytest.MonkeyPatch) -
     """A judge that passes everything leaves every bug a survivor, and one that fails everything has false alarms: the matrix says so."""
     ids = ("rmsnorm-unit-offset", CORRECT)
     monkeypatch.setattr(power, "judge", lambda *_: Judgement())
-    blind = power_table.count(records("rmsnorm", ids))
+    blind = power_count.count(records("rmsnorm", ids))
     assert [r["id"] for r in blind.survivors] == ["rmsnorm-unit-offset"]
     assert power_table.missed(blind) == ["fp32: 0.0% of the bugs fail; expected 100%"]
     monkeypatch.setattr(power, "judge", lambda *_: Judgement("FAIL"))
-    harsh = power_table.count(records("rmsnorm", ids))
+    harsh = power_count.count(records("rmsnorm", ids))
     assert not harsh.survivors
     cases = len(OPS["rmsnorm"].cases)
     assert power_table.missed(harsh) == [f"fp32: the reference fails {cases} of {cases} cases; expected none"]
@@ -153,7 +154,7 @@ def test_a_bug_that_no_case_reveals_survives(monkeypatch: pytest.MonkeyPatch) ->
     """What makes no difference on any case is a survivor, not left out of the count."""
     planted = Bug("planted", ("rmsnorm",), "Nothing.", fwd=OPS["rmsnorm"].fwd)
     monkeypatch.setattr(power, "bugs_of", lambda op, way: [planted])
-    matrix = power_table.count(records("rmsnorm", ("planted",)))
+    matrix = power_count.count(records("rmsnorm", ("planted",)))
     assert [r["id"] for r in matrix.survivors] == ["planted"]
     assert matrix.total("fp32").bugs == 1
     assert power_table.lists(matrix)["survivors"] == ["fp32 rmsnorm forward planted (no output differs)"]
@@ -164,22 +165,22 @@ def test_a_wrong_name_is_told_of_and_an_equal_bugs_name_is_right(monkeypatch: py
     ids = ("rmsnorm-unit-offset",)
     (right,) = records("rmsnorm", ids, named=True)
     assert right["named"][0][0] == "rmsnorm-unit-offset"
-    assert power_table.count([right]).total("fp32").first == 1
+    assert power_count.count([right]).total("fp32").first == 1
     wrong = {**right, "named": [["rmsnorm-eps-missing", 3], ["rmsnorm-unit-offset", 3]]}
-    matrix = power_table.count([wrong, *records("rmsnorm", ("rmsnorm-eps-missing",))])
+    matrix = power_count.count([wrong, *records("rmsnorm", ("rmsnorm-eps-missing",))])
     assert matrix.total("fp32").first == 0
     assert power_table.lists(matrix)["taken for something else"] == [
         "fp32 rmsnorm forward rmsnorm-unit-offset: named rmsnorm-eps-missing, rmsnorm-unit-offset; itself: 2"
     ]
     twin = {**right, "id": "twin", "named": []}
-    assert power_table.same(right, [right, twin]) == ["rmsnorm-unit-offset", "twin"]
-    assert power_table.count([{**right, "named": [["twin", 3]]}, twin]).total("fp32").first == 1
+    assert power_count.same(right, [right, twin]) == ["rmsnorm-unit-offset", "twin"]
+    assert power_count.count([{**right, "named": [["twin", 3]]}, twin]).total("fp32").first == 1
 
 
 def test_a_bug_that_is_an_attributes_value_may_be_named_so() -> None:
     """mask-verify-sees-future is causal=False: either name is right."""
     record = {"id": "mask-verify-sees-future", "print": {}}
-    assert power_table.same(record, [record]) == ["mask-verify-sees-future", "causal=False"]
+    assert power_count.same(record, [record]) == ["mask-verify-sees-future", "causal=False"]
 
 
 def test_fingerprints_tell_functions_apart_and_not_the_last_bits() -> None:
@@ -188,7 +189,7 @@ def test_fingerprints_tell_functions_apart_and_not_the_last_bits() -> None:
     ours = {"latent": power.fingerprint(v, {"y": truth})}
 
     def alike(y: np.ndarray) -> bool:
-        return power_table._alike(ours, {"latent": power.fingerprint(v, {"y": y})})
+        return power_count._alike(ours, {"latent": power.fingerprint(v, {"y": y})})
 
     assert alike(truth * (1 + 1e-14))
     assert not alike(truth * (1 + 1e-6))
@@ -198,27 +199,78 @@ def test_fingerprints_tell_functions_apart_and_not_the_last_bits() -> None:
     holed = truth.copy()
     holed[0, 0] = np.nan
     assert not alike(holed)
-    assert not power_table._alike(ours, {})
+    assert not power_count._alike(ours, {})
 
 
 def test_the_quick_form_is_a_fixed_sample_of_every_cheap_op() -> None:
     """The same bugs and cases every time, whatever the order; a part of all, and none of another's cost."""
-    quick, full = power.parts(quick=True), power.parts(quick=False, precisions=("fp32", "bf16"))
+    quick, full = power.parts(quick=True), power.parts(quick=False)
     assert power.parts(quick=True) == quick
     count = lambda parts: sum(len([i for i in p.ids if i != CORRECT]) for p in parts)  # noqa: E731
     assert 0.05 * count(full) < count(quick) < 0.2 * count(full)
     for part in quick:
         op = OPS[part.op]
         for bug in (b for b in bugs_of(op, part.direction) if b.id in part.ids):
-            cases = power.drawn(bug, op, part.direction, STORE)
-            caught = {c.name for c in power.sample(op) if bug.id in STORE.get(op, c, part.direction, PRECISIONS["fp32"]).flags}
-            assert 0 < len(cases) <= power.QUICK["cases"]
+            cases = power_sample.drawn(bug, op, part.direction, part.precision, STORE)
+            caught = power_sample.revealing(bug.id, op, part.direction, part.precision)
+            recipes = len({power_sample.recipes_of(op, c) for c in op.cases})
+            assert 0 < len(cases) <= max(power_sample.QUICK["cases"], recipes)
             assert not caught or caught & {c.name for c in cases}, bug.id
+            assert max(power_sample.flops(op, c) for c in cases) <= power_sample.form(op)["flops"]
     whole = {(p.op, p.direction, p.precision, i) for p in full for i in p.ids}
     assert {(p.op, p.direction, p.precision, i) for p in quick for i in p.ids} <= whole
     for op in OPS.values():
         for way in directions(op):
             assert {i for o, d, p, i in whole if (o, d, p) == (op.name, way, "fp32")} == {b.id for b in bugs_of(op, way)} | {CORRECT}
+
+
+def test_fp8_bugs_are_counted_under_each_recipe() -> None:
+    """Codes of what the scale was before it became a power of two: a bug of the recipes that have such scales, nothing under the others."""
+    matrix = power_count.count(records("fp8.quantize_tile", ("ue8m0-round-after-quant", CORRECT)))
+    assert matrix.recipes is not None
+    rows = matrix.recipes.rows["fp32"]
+    assert rows.keys() == RECIPES.keys()
+    powers = {name for name in RECIPES if name.endswith("ue8m0") or name in ("flashmla", "mxfp4")}
+    assert {name for name in RECIPES if rows[name].bugs} == powers
+    for name in powers:
+        assert rows[name].killed["leadline"] == rows[name].bugs == 1
+    for name, cases in power_count.recipes_in("fp8.quantize_tile").items():
+        assert rows[name].correct == len(cases)
+        assert not rows[name].alarms["leadline"]
+
+
+def test_a_bug_is_named_under_a_recipe_by_that_recipes_cases() -> None:
+    """Each recipe under which a bug fails has a case that is explained; what is named wrongly there is told of with the recipe."""
+    (record,) = records("fp8.quantize_tile", ("scale-inverted",), named=True)
+    cases = power_count.recipes_in("fp8.quantize_tile")
+    assert record["by_recipe"].keys() == {recipe for recipe in cases if {*cases[recipe]} & {*record["computed"]}} >= {"v3", "te-ue8m0"}
+    wrong = {**record, "by_recipe": {**record["by_recipe"], "te-ue8m0": ["recipe=v3"]}}
+    matrix = power_count.count([wrong])
+    assert matrix.recipes is not None
+    assert matrix.recipes.rows["fp32"]["te-ue8m0"].first == 0
+    assert matrix.recipes.rows["fp32"]["v3"].first == 1
+    assert power_table.lists(matrix)["taken for something else"] == [
+        "fp32 fp8.quantize_tile under te-ue8m0 forward scale-inverted: named recipe=v3; itself: not at all"
+    ]
+
+
+def test_the_wall_of_variants_is_told_beside_the_bugs(tmp_path: Path) -> None:
+    """What tests/wall.py wrote: the false alarms of every judge; one of ours is told of as missed."""
+    record = {"precision": "fp32", "cases": 40, "false_alarms": 0, "field": {name: i for i, name in enumerate(METRICS)}}
+    path = tmp_path / "wall.jsonl"
+    arguments = ["power", "--full", "--op", "rmsnorm", "--precision", "fp32", "--unnamed", "--wall", str(path)]
+    path.write_text(f"{json.dumps(record)}\n{json.dumps(record)}\n")
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (line,) = (line for line in result.output.splitlines() if line.startswith("of variants"))
+    assert line.split()[2:] == ["80", "0", "0", "2", "4", "6", "8"]
+    path.write_text(f"{json.dumps({**record, 'false_alarms': 1})}\n")
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "MISSED fp32: correct variants fail 1 of 40 cases; expected none" in result.output
+    path.write_text('{"schema": "leadline.report/1"}\n')
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.stderr.count("wall.jsonl"), result.stderr.count("\n")) == (2, 1, 1)
 
 
 def test_the_command_writes_lines_and_takes_them_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +320,7 @@ def test_two_processes_find_what_one_finds() -> None:
     one, two = ([r for _, found in power.run(work, STORE, jobs) for r in found] for jobs in (1, 2))
     key = lambda r: (r["op"], r["direction"], r["id"])  # noqa: E731
     assert sorted(one, key=key) == sorted(two, key=key)
+    assert power_table.totals(power_count.count(one)) == power_table.totals(power_count.count(two[::-1]))
 
 
 def test_a_variant_that_refuses_a_case_is_not_asked_of_it() -> None:

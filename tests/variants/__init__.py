@@ -12,9 +12,13 @@ from . import (
     cache,
     casts,
     decodes,
+    eager,
+    eplb,
     fp8,
     fp8_gemm,
+    frameworks,
     linear,
+    loss,
     mla,
     mla_backward,
     mla_decode,
@@ -149,6 +153,11 @@ VARIANTS = [
     *_plain("moe.permute", "backward", moe_backward.PERMUTE, (0,)),
     *_plain("moe.unpermute", "forward", moe.UNPERMUTE, (0,)),
     *_plain("moe.unpermute", "backward", moe_backward.UNPERMUTE, (0, 1)),
+    *_plain("moe.eplb", "forward", eplb.EPLB, ()),
+    *_plain("cross_entropy", "forward", loss.LOSS, (0,)),
+    *_plain("cross_entropy", "backward", loss.LOSS_BACK, (0,)),
+    *_plain("embedding", "forward", loss.EMBEDDING, ()),
+    *_plain("embedding", "backward", loss.EMBEDDING_BACK, (0,)),
     *_storing("moe.experts", "forward", moe.EXPERTS, (0,), {**dict.fromkeys(moe.SINGLE, SINGLE), "weights-early": ("fp32", "fp64")}),
     *_storing("moe.experts", "backward", moe_backward.EXPERTS, (0, 1, 2, 3, 4), {}),
     *_storing("moe.layer", "forward", moe.LAYER, (0,), {**dict.fromkeys(moe.LAYER_SINGLE, SINGLE), "weights-early": ("fp32",)}),
@@ -189,6 +198,8 @@ EAGER += [
     Variant("eager", "router.softmax", "backward", router_softmax.SOFTMAX_BACK_EAGER, ("bf16-eager",)),
     Variant("eager", "router.balance_loss", "forward", balance.LOSS_EAGER, ("bf16-eager",)),
     Variant("eager", "router.balance_loss", "backward", balance.LOSS_BACK_EAGER, ("bf16-eager",)),
+    Variant("eager", "cross_entropy", "forward", loss.loss_eager, ("bf16-eager",)),
+    Variant("eager", "cross_entropy", "backward", loss.loss_back_eager, ("bf16-eager",)),
     Variant("eager", "moe.permute", "backward", moe_backward.PERMUTE_EAGER, ("bf16-eager",)),
     Variant("eager", "moe.unpermute", "forward", moe.UNPERMUTE_EAGER, ("bf16-eager",)),
     Variant("eager", "moe.unpermute", "backward", moe_backward.UNPERMUTE_EAGER, ("bf16-eager",)),
@@ -197,7 +208,19 @@ EAGER += [
     Variant("eager", "moe.layer", "forward", moe.LAYER_EAGER, ("bf16-eager",), (0,), stores=True),
     Variant("eager", "moe.layer", "backward", moe_backward.LAYER_EAGER, ("bf16-eager",), tuple(range(8)), stores=True),
 ]
+EAGER += [Variant(name, op, way, fn, ("bf16-eager",), rounded, stores=told) for op, way, name, fn, rounded, told in eager.entries()]
+EAGER += [Variant("eager-torch", op, way, fn, ("bf16-eager",), stores=told) for op, way, fn, _, told in frameworks.entries("bfloat16")]
 VARIANTS += EAGER
+VARIANTS += [Variant("torch", op, way, fn, ALL, rounded, stores=told) for op, way, fn, rounded, told in frameworks.entries()]
+VARIANTS += [  # what 16 bits hold TF32 holds: operands that tensor cores take as TF32 lose nothing
+    *_storing("attention", "forward", {"tf32": attention.TF32}, (0,), {"tf32": ("bf16", "fp16")}),
+    *_storing("attention.varlen", "forward", {"tf32": attention.VARLEN_TF32}, (0,), {"tf32": ("bf16", "fp16")}),
+    *_storing("mla.decode", "forward", {"tf32": mla_decode.TF32}, (0,), {"tf32": ("bf16", "fp16")}),
+    *(
+        Variant("tf32", "linear", way, fn, ("bf16", "fp16"), rounded)
+        for way, fn, rounded in (("forward", linear.TF32, (0,)), ("backward", linear.TF32_BACK, (0, 1)))
+    ),
+]
 FAST_EXP = Variant("fast-exp", "router.noaux_tc", "forward", router.FAST, SINGLE, (1,))
 ROUNDED_FIRST = [  # for cast_order="cast_then_weight"
     Variant("cast-first", "rmsnorm", "forward", norm.forward_cast_first, ("bf16",)),

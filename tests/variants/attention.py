@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .floats import Array, to_bf16
-from .linear import product, product_double, product_folded, product_sequential, product_split, product_steps
+from .floats import Array, to_bf16, to_tf32
+from .linear import product, product_double, product_folded, product_sequential, product_split, product_steps, product_tf32
 from .router import exp2_polynomial
 
 Two = tuple[Array, Array]
@@ -134,6 +134,11 @@ def wide(z: Array, v: Array, seen: Array, scale: float, sink: Any, to: Callable)
     return o.astype(z.dtype), lse.astype(z.dtype)
 
 
+def tf32(z: Array, v: Array, seen: Array, scale: float, sink: Any, to: Callable) -> Two:
+    """exp(z) as TF32 for its product with v: 10 bits of mantissa, no fewer than 16-bit formats have."""
+    return blocks(8)(z, v, seen, scale, sink, to_tf32)
+
+
 def eager(z: Array, v: Array, seen: Array, scale: float, sink: Any, to: Callable) -> Two:
     """Every operation rounds to bfloat16; sums accumulate in float32."""
     r, low = to_bf16, np.float32(-np.inf)
@@ -233,8 +238,9 @@ def packed_mask(ends_q: Array, ends_k: Array, causal: bool) -> Array:
     return seen & (left_k[None, :] >= left_q[:, None]) if causal else seen
 
 
-EAGER_PARTS = (product, eager, False)
+EAGER_PARTS, TF32_PARTS = (product, eager, False), (product_tf32, tf32, False)
 FORWARD = {name: _attention(name, parts) for name, parts in PARTS.items()}
 VARLEN = {name: _packed(name, parts) for name, parts in PARTS.items()}
 EAGER = _attention("eager", EAGER_PARTS)
 VARLEN_EAGER = _packed("eager", EAGER_PARTS)
+TF32, VARLEN_TF32 = _attention("tf32", TF32_PARTS), _packed("tf32", TF32_PARTS)

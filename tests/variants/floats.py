@@ -71,6 +71,13 @@ def to_bf16(x: Any) -> Array:
     return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32))
 
 
+def to_tf32(x: Array) -> Array:
+    """float32 to the nearest with 10 bits of mantissa, on float32."""
+    u = np.asarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (u + np.uint32(0xFFF) + ((u >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(x), rounded.view(np.float32), np.asarray(x, dtype=np.float32))
+
+
 def to_fp16(x: Array) -> Array:
     with np.errstate(over="ignore"):
         return np.asarray(x).astype(np.float16).astype(np.float32)

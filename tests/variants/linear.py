@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .floats import Array
+from .floats import Array, to_tf32
 from .norm import folded, sequential, warp
 
 
@@ -56,6 +56,14 @@ def product_outer(a: Array, b: Array) -> Array:
     return total
 
 
+def product_tf32(a: Array, b: Array) -> Array:
+    """Operands as TF32, whose products float32 holds; 8 channels at a time onto a float32 accumulator."""
+    a, b, total = to_tf32(a), to_tf32(b), np.zeros((len(a), len(b)), np.float32)
+    for start in range(0, a.shape[1], 8):
+        total = total + a[:, start : start + 8] @ b[:, start : start + 8].T
+    return total
+
+
 PRODUCTS = {
     "blas": product,
     "sequential": product_sequential,
@@ -68,21 +76,22 @@ PRODUCTS = {
 }
 
 
-def _forward(name: str) -> Callable:
+def _forward(name: str, product: Callable) -> Callable:
     def forward(x: Array, weight: Array) -> Array:
-        return PRODUCTS[name](x, weight)
+        return product(x, weight)
 
     forward.__name__ = name
     return forward
 
 
-def _backward(name: str) -> Callable:
+def _backward(name: str, product: Callable) -> Callable:
     def backward(x: Array, weight: Array, dy: Array) -> tuple[Array, Array]:
-        return PRODUCTS[name](dy, weight.T), PRODUCTS[name](dy.T, x.T)
+        return product(dy, weight.T), product(dy.T, x.T)
 
     backward.__name__ = name
     return backward
 
 
-FORWARD = tuple(_forward(name) for name in PRODUCTS)
-BACKWARD = tuple(_backward(name) for name in PRODUCTS)
+FORWARD = tuple(_forward(*named) for named in PRODUCTS.items())
+BACKWARD = tuple(_backward(*named) for named in PRODUCTS.items())
+TF32, TF32_BACK = _forward("tf32", product_tf32), _backward("tf32", product_tf32)

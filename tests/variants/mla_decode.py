@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from .attention import LN2, LOG2E, Core, Two, attend, blocks, causal_mask, divided, eager, exp2_fast, key_by_key, split, whole, wide
+from .attention import LN2, LOG2E, Core, Two, attend, blocks, causal_mask, divided, eager, exp2_fast, key_by_key, split, tf32, whole, wide
 from .cache import READERS
 from .floats import Array, to_bf16
-from .linear import product, product_double, product_sequential, product_split, product_steps
+from .linear import product, product_double, product_sequential, product_split, product_steps, product_tf32
 
 # attention.merge: [p,b,s,h,v] and [p,b,h,s]
 
@@ -256,3 +256,4 @@ DECODE = {name: _decode(name, parts) for name, parts in PARTS.items()}
 DECODE_FP8 = {name: _decode_fp8(name, parts) for name, parts in PARTS.items()}
 EAGER = _decode("eager", EAGER_PARTS)
 EAGER_FP8 = _decode_fp8("eager", EAGER_PARTS)
+TF32 = _decode("tf32", (product_tf32, tf32, False))
