@@ -203,7 +203,7 @@ def block_regret(
     return xp.reshape(layer_regret(normed, *(w[name] for name in EXPERTS), **{**moe, "topk_idx": flat}), x.shape[:2])
 
 
-SIZES = {"num_attention_heads": 3, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "kv_lora_rank": 12}
+SIZES = {"num_attention_heads": 2, "qk_nope_head_dim": 7, "qk_rope_head_dim": 4, "v_head_dim": 5, "kv_lora_rank": 9}
 V3 = {**YARN_V3, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
 V2 = {**YARN_V2, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "topk_method": "softmax", "norm_topk_prob": False}
 LITE = {**V2, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
@@ -216,7 +216,7 @@ def layer_draws(
 ) -> tuple[dict[str, int], dict[str, tuple]]:
     """Sizes and draws of a layer's weights, no two sizes alike: a dense one's, those of experts behind a router, or a model's, both"""
     h, dn, r, dv, c = SIZES.values()
-    d, q, i, f, g = 14, 10, 11, 7, 9
+    d, q, i, f, g = 11, 6, 8, 3, 5
     experts = router is not None
     dims = {"d": d, "q": q * lora, "c": c, "cr": c + r, "r": r, "hq": h * (dn + r), "hkv": h * (dn + dv), "hv": h * dv}
     dims |= {"i": i * dense, "e": e * experts, "f": f * experts, "g": g * (experts and shared)}  # 0: the layer has none

@@ -175,13 +175,16 @@ mtp_loss = declare(
         (
             _case("v3", 1, 2, 4, "one module, λ = 0.3, divided by all tokens", starts=(0, 3000)),
             _case("two", 2, 1, 5, "a chain of two"),
-            _case("pre-norm", 2, 1, 5, "a chain before the norms, [hidden; embedding]", chain="pre_norm", concat="hidden_first"),
-            _case("masked", 2, 1, 6, "labels that do not count", (0, 3, -100, 9, -100, 16), weight=0.1),
-            _case("counted", 1, 2, 4, "divided by the rows that count", (2, 5, -100, 7, 1, -100, 0, -100), denominator="counted"),
+            _case(
+                "pre-norm", 2, 1, 5, "a chain before the norms, [hidden; embedding]", router=None, chain="pre_norm", concat="hidden_first"
+            ),
+            _case("masked", 1, 1, 6, "labels that do not count", (0, 3, -100, 9, -100, 16), weight=0.1),
+            _case(
+                "counted", 1, 2, 4, "divided by the rows that count", (2, 5, -100, 7, 1, -100, 0, -100), router=None, denominator="counted"
+            ),
             _case("packed", 2, 1, 7, "sequences of 1, 4 and 2 tokens: no loss across them", ends=(0, 1, 5, 7)),
-            _case("short", 4, 1, 4, "more modules than tokens to read: they add nothing", lora=False),
-            _case("dense", 2, 1, 4, "blocks without experts", router=None),
-            _case("detached", 1, 1, 4, "embedding and head get no gradient", detach_head=True),
+            _case("short", 3, 1, 3, "as many modules as tokens: the last have none to read, and add nothing", lora=False, router=None),
+            _case("detached", 1, 1, 4, "embedding and head get no gradient", router=None, detach_head=True),
         ),
         "p*(2*b*s*(2*d*d+d*(q+cr)+q*hq+c*hkv+d*hv+d*e+3*d*(i+num_experts_per_tok*f+g)+v*d)+2*b*s*s*(hq+hv))",
         "DeepSeek-V3 paper eq. 21-25; spec §5",
