@@ -35,9 +35,9 @@ def test_the_schema_refuses_what_it_should() -> None:
 
 
 def test_all_vectors_are_small() -> None:
-    """A clone stays small: under 20 MB in all, no op over 1.5 MB."""
+    """A clone stays small: under 25 MB in all (72 ops), no op over 1.5 MB."""
     sizes = {folder.name: sum(p.stat().st_size for p in folder.iterdir()) for folder in DIRECTORY.iterdir()}
-    assert sum(sizes.values()) < 20e6
+    assert sum(sizes.values()) < 25e6
     assert max(sizes.values()) < 1.5e6, sizes
 
 
