@@ -535,20 +535,6 @@ def test_the_names_and_the_recipe_are_printed() -> None:
 # Hugging Face
 
 
-def with_biases_below_zero(path: Path, layer: int) -> None:
-    """What the mask fill of a router does is seen where scores are negative."""
-    for file in path.glob("*.safetensors"):
-        with Reader(file) as reader:
-            arrays = {n: (reader.entry(n).dtype, reader.array(n).copy()) for n in reader.entries}
-            metadata = reader.metadata
-        for name, (_, x) in arrays.items():
-            if name == f"model.layers.{layer}.mlp.gate.e_score_correction_bias":
-                x -= 1
-        with Writer(file, [(n, dtype, x.shape) for n, (dtype, x) in arrays.items()], metadata) as out:
-            for name, (_, x) in arrays.items():
-                out.write(name, x)
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("published") / "model"
