@@ -24,13 +24,13 @@ def judge_choice(question: Question, values: Arrays, band: Band, judgement: Judg
     if not differs.any():
         order = tensor.kind == "index" and not np.array_equal(got, expected)
         return _band(question, got) if order else band
-    legal = np.where(in_range(got, question)[..., None], got, expected) if tensor.kind == "index" else got
+    possible = choosable(got, question) if tensor.kind == "index" else np.ones(got.shape, dtype=bool)
+    legal = np.where(possible[..., None], got, expected) if tensor.kind == "index" else got
     regret, noise = regrets(question, tensor, legal, differs)
+    regret = np.where(possible, regret, np.inf)
     finite = np.isfinite(regret)
     tie = finite & (regret == 0)
     accepted = np.where(tie, question.any_tie, finite & (regret <= SLACK * DEVIATIONS * noise))
-    if tensor.kind == "index":
-        accepted &= in_range(got, question)
     judgement.ambiguous += int(np.sum(differs & accepted))
     for where in np.argwhere(differs & ~accepted)[:1]:
         at = tuple(int(i) for i in where)
@@ -77,11 +77,12 @@ def _band(question: Question, choice: np.ndarray) -> Band:
     return band_of(question.op, question.direction, question.inputs, question.attrs, question.precision, choice)
 
 
-def in_range(idx: np.ndarray, question: Question) -> np.ndarray:
-    """[n]: whether every chosen index stands for something"""
+def choosable(idx: np.ndarray, question: Question) -> np.ndarray:
+    """[n]: whether every chosen index stands for something, and no two for the same"""
     tensors, _ = question.op.signature_of("forward", question.inputs)
     count = bind(question.op.name, tensors, question.inputs)["e"]  # what a choice chooses among
-    return np.all((idx >= 0) & (idx < count), axis=-1)
+    ordered = np.sort(idx, axis=-1)
+    return np.all((idx >= 0) & (idx < count), axis=-1) & np.all(ordered[..., 1:] > ordered[..., :-1], axis=-1)
 
 
 def _describe_choice(name: str, at: tuple, got: Any, expected: Any, regret: float, noise: float, tie: bool, count: int, total: int) -> str:

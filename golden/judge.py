@@ -8,7 +8,7 @@ from ..ref.cast import decode, round_to
 from ..ref.formats import Format
 from ..ref.op import Tensor
 from .band import Band, floor_of, in_sigma, reach, statistics
-from .decisions import in_range, judge_choice, regrets, same, unstable_rows
+from .decisions import choosable, judge_choice, regrets, same, unstable_rows
 from .precision import Precision
 from .question import ERROR, FAIL, PASS, SKIPPED, Judgement, Question, Returned, as_returned, code_format
 
@@ -145,9 +145,9 @@ __all__ = [
     "Question",
     "Returned",
     "as_returned",
+    "choosable",
     "code_format",
     "differing",
-    "in_range",
     "judge",
     "judge_array",
     "regrets",

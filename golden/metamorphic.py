@@ -13,7 +13,7 @@ import numpy as np
 
 from ..ref.op import Case, Op, Tensor
 from .band import DEVIATIONS, SLACK, Arrays, Band, band_of
-from .judge import Question, code_format, differing, in_range, regrets, unstable_rows
+from .judge import Question, choosable, code_format, differing, regrets, unstable_rows
 from .strategies import SIZES, Drawn
 
 
@@ -80,8 +80,7 @@ def band(q: Drawn, got: Arrays) -> Band:
     choice = None
     if q.op.choice and q.direction == "forward" and _is_index(q.op):
         choice = got[q.op.choice[0]]
-        legal = in_range(choice, Question(q.op, q.direction, q.inputs, q.attrs, q.precision)).all()
-        choice = choice if legal and np.all(np.diff(np.sort(choice, -1), axis=-1)) else None
+        choice = choice if choosable(choice, Question(q.op, q.direction, q.inputs, q.attrs, q.precision)).all() else None
     return band_of(q.op, q.direction, q.inputs, q.attrs, q.precision, choice)
 
 
@@ -100,7 +99,7 @@ def settled(ask: Ask, q: Drawn, got: Arrays, expected: Arrays) -> np.ndarray | N
     tensor = next(t for t in q.op.outputs if t.name == name)
     open_ = differs.copy()
     for choice in (got[name], expected[name]):
-        if not in_range(choice, question).all():
+        if not choosable(choice, question).all():
             return None
         regret, noise = regrets(question, tensor, choice, differs)
         open_ &= np.isfinite(regret) & (regret <= SLACK * DEVIATIONS * noise)

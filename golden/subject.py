@@ -145,13 +145,13 @@ def fit(fn: Callable, op: Op, direction: str, name: str) -> Contract:
 
 
 def _by_name(result: Any, op: Op, outputs: tuple[Tensor, ...]) -> dict[str, Returned]:
-    """The outputs, and of a mapping the reference's named intermediates that are in it too."""
+    """The outputs, and of a mapping the reference's named intermediates that are in it too. A None beside the outputs is nothing."""
     kinds = {t.name: t.kind for t in outputs}
     names = list(kinds)
     if isinstance(result, Mapping):
         if missing := [n for n in names if n not in result]:
             raise Misbehaved(f"returned {', '.join(map(str, result)) or 'nothing'}; {', '.join(missing)} is missing")
-        if more := [n for n in result if n not in kinds]:
+        if more := [n for n in result if n not in kinds and result[n] is not None]:
             from .intermediates import names_of  # runs the reference
 
             known = names_of(op.name)

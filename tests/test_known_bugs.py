@@ -390,14 +390,19 @@ GARBAGE = {
 }
 
 
+BY_CHANCE = "what means nothing is right here"
+
+
 def garbage(what: str, op: Op, direction: str) -> Callable:
-    """A subject that returns arrays of the right shape and dtype that mean nothing."""
+    """A subject that returns arrays of the right shape and dtype that mean nothing, and raises where they happen to be right."""
 
     def subject(**given: Any) -> tuple[Array, ...]:
         attrs = {k: given.pop(k) for k in op.attrs if k in given}
         with np.errstate(all="ignore"):
             right = {k: np.asarray(y) for k, y in op.run(direction, given, attrs).items()}
-        return tuple(GARBAGE[what](y.shape, y.dtype) for y in right.values())
+        wrong = {k: GARBAGE[what](y.shape, y.dtype) for k, y in right.items()}
+        assert not all(np.array_equal(wrong[k], y) for k, y in right.items()), BY_CHANCE
+        return tuple(wrong.values())
 
     return subject
 
@@ -410,7 +415,9 @@ def test_garbage_of_the_right_form_fails(what: str) -> None:
         for way in directions(op):
             subject, explained = garbage(what, op, way), what in ("nan", "largest") and name in ("rmsnorm", "fp8.quantize_tile")
             report = verify(subject, op=name, direction=way, precision="fp32", explained=explained, store=STORE)
-            assert report.count("FAIL") == len(report.results), str(report)
+            chance = [r for r in report.results if BY_CHANCE in r.reason]
+            assert report.count("FAIL") == len(report.results) - len(chance), str(report)
+            assert [r.case for r in chance] in ([], ["alone", "nothing"] if name == "cross_entropy" else [])  # no loss: 0 is right
 
 
 # ---- in a process of its own

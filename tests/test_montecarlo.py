@@ -433,6 +433,18 @@ def test_limits_pass_correct_sums_and_fail_gains() -> None:
         assert {"max", "rms", "gain"} <= exceeded(y * np.float32(1.001))
 
 
+def test_a_run_that_errs_alone_does_not_lift_the_limits() -> None:
+    """Where one run of sixteen errs and the others are exact, an error of a hundred times its size is refused still."""
+    truth, raw = np.zeros(3), np.zeros((16, 3))
+    raw[5, 1] = 1e-7
+    floor = floor_of(FP32, truth, np.any(raw != 0, axis=0))
+    limits = limits_of(raw, raw, floor, truth)
+    sigma = np.hypot(np.sqrt(np.mean(raw**2, axis=0)), floor)
+    for times, passes in ((1.0, True), (100.0, False)):
+        found = measured(times * raw[5], truth, sigma, floor)
+        assert all(found[k] <= limits[k] for k in limits) == passes, (times, found, limits)
+
+
 CASES = [
     pytest.param(name, direction, case.name, id=f"{name}-{direction}-{case.name}")
     for name, op in OPS.items()
@@ -443,10 +455,21 @@ CASES = [
 ]
 
 
+HIDDEN = {  # where float32's noise hides a thousandth of some output, and why
+    "one": "a single channel's gradient cancels",
+    "beyond-float16": "scores of thousands",
+    ("block", "backward", "v3"): "float32 angles at positions of thousands are off by 1e-4",
+    ("mtp", "backward", "v3"): "float32 angles at positions of thousands are off by 1e-4",
+    ("mtp.loss", "backward", "v3"): "the loss of three tokens hardly depends on whom they attend to",
+    ("mtp.loss", "backward", "short"): "a token that sees itself alone: no gradient reaches its query",
+    ("cross_entropy", "forward", "sure"): "a loss of 4e-6 is the logarithm of a number next to 1",
+}
+
+
 @pytest.mark.parametrize(("name", "direction", "case_name"), CASES)
 def test_bands_pass_float32_and_fail_a_gain(name: str, direction: str, case_name: str) -> None:
     """The reference's own float32 run stays under every limit of its band; the same with a gain of 1e-3 does not, where a thousandth of
-    the output is twice the rms limit or more. So it is everywhere but where a single channel's gradient cancels."""
+    the output is twice the rms limit or more. So it is everywhere but in the cases of HIDDEN."""
     op = OPS[name]
     case = next(c for c in op.cases if c.name == case_name)
     inputs = draw_case(op, case, direction, FP32)
@@ -454,14 +477,16 @@ def test_bands_pass_float32_and_fail_a_gain(name: str, direction: str, case_name
     choice = op.run("forward", forward, case.attrs)[op.choice[0]] if op.choice else None
     band = band_of(op, direction, inputs, case.attrs, FP32, choice)
     outputs = op.run(direction, {**inputs, **({op.choice[0]: choice} if op.choice else {})}, case.attrs)
+    hidden = []
     for output, limits in band.limits.items():
         finite = np.isfinite(band.truth[output])  # lse of an empty row
         sigma, truth = (np.where(finite, x, 0.0) for x in (band.sigma[output], band.truth[output]))
         visible = 1e-3 * float(np.sqrt(np.mean(in_sigma(truth, sigma) ** 2))) > 2 * limits["rms"]
-        assert visible or case_name in ("one", "beyond-float16") or not np.any(truth)  # scores of thousands: float32's noise hides it
+        hidden += [output] if not visible and np.any(truth) else []
         for gain in (1.0, 1.001) if visible else (1.0,):
             found = measured(np.where(finite, outputs[output].astype(np.float64), 0.0) * gain, truth, sigma, floor_of(FP32, truth))
             assert all(found[k] <= limits[k] for k in limits) == (gain == 1.0), f"{output} {gain}: {found} {limits}"
+    assert bool(hidden) == ((name, direction, case_name) in HIDDEN) or case_name in HIDDEN, hidden
 
 
 # Drawn inputs
