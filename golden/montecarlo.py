@@ -31,6 +31,13 @@ EXACT = {
 }
 
 
+def kernel() -> Any:
+    """Numba's, when noise is first made: importing it takes longer than all the rest."""
+    from ..kernels.cpu import noise
+
+    return noise
+
+
 class Noise:
     """A precision and a stream of random numbers; `amplify` makes every error larger (to find decisions that rounding can turn)."""
 
@@ -40,16 +47,12 @@ class Noise:
         self.seed = seed
         self.rng = np.random.Generator(np.random.Philox(key=seed))
 
+    def key(self) -> int:
+        return int(self.rng.integers(0, 2**64, dtype=np.uint64))
+
     def uniform(self, x: np.ndarray) -> np.ndarray:
-        """In [0,1), a function of the value (SplitMix64 of its bits and a fresh key): equal values round alike, as in a real kernel."""
-        flat = np.ascontiguousarray(x, dtype=np.float64).reshape(-1).view(np.uint64)
-        with np.errstate(over="ignore"):
-            z = flat ^ np.uint64(self.rng.integers(0, 2**64, dtype=np.uint64))
-            z = z + np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z = z ^ (z >> np.uint64(31))
-        return ((z >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(np.shape(x))
+        """In [0,1), a function of the value and a fresh key: equal values round alike, as in a real kernel."""
+        return kernel().uniform(x, self.key())
 
     def again(self) -> "Noise":
         """Random numbers that are the same each time, but no others': the operations that follow round as they did before."""
@@ -66,18 +69,12 @@ class Noise:
     def rounded(self, x: np.ndarray, extra: Any = 0.0, fmt: Format | None = None) -> np.ndarray:
         """x at one of its neighbours in the format, at random, the mean being x."""
         fmt = fmt or self.precision.work
-        _, e = np.frexp(x)
-        exponent = np.maximum(e - 1, fmt.emin) - fmt.mantissa_bits
-        units = np.ldexp(x, -exponent)
         if fmt is FP64:
-            extra += 1.0  # the carrier has already rounded: x lies on the grid
+            extra = extra + 1.0  # the carrier has already rounded: x lies on the grid
         if self.amplify > 1.0:
             extra = (extra + 0.5) * self.amplify
-        if np.any(extra):
-            units = units + extra * (2 * self.uniform(x) - 1)
-        floor = np.floor(units)
-        units = floor + (self.uniform(x) < units - floor)
-        return np.where(np.isfinite(x) & (x != 0), np.ldexp(units, exponent), x)  # 0/n, √0 and 0·x are exact everywhere
+        extra, first = (extra, self.key()) if np.any(extra) else (0.0, 0)
+        return kernel().rounded(x, self.key(), fmt.emin, fmt.mantissa_bits, extra, first)  # 0/n, √0 and 0·x are exact everywhere
 
     def accumulated(self, total: np.ndarray, squares: np.ndarray, n: int) -> np.ndarray:
         """A sum of n terms, added up in unknown order."""

@@ -17,6 +17,7 @@ from leadline.golden.judge import PASS, Question, as_returned, judge
 from leadline.golden.montecarlo import Noise, NoisyArray, noisy_inputs
 from leadline.golden.precision import PRECISIONS
 from leadline.golden.vectors import make
+from leadline.kernels.cpu import noise as kernel
 from leadline.ref import FORMATS, OPS, Case, round_to
 from leadline.ref.op import Tensor
 from leadline.ref.xp import once, wide
@@ -64,6 +65,49 @@ def check_rounding(noise: Noise, value: float) -> None:
 def test_rounding_is_unbiased(precision: Any, value: float, sign: int) -> None:
     """Random rounding takes one of the two neighbours, and is right on average."""
     check_rounding(Noise(precision, 1), sign * value)
+
+
+def slowly(x: np.ndarray, keys: tuple[int, int], emin: int, bits: int, extra: Any) -> np.ndarray:
+    """kernels.cpu's rounding, with whole arrays and frexp"""
+
+    def uniform(key: int) -> np.ndarray:
+        z = (x.view(np.uint64) ^ np.uint64(key)) + np.uint64(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+        return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    exponent = np.maximum(np.frexp(x)[1] - 1, emin) - bits
+    units = np.ldexp(x, -exponent) + extra * (2 * uniform(keys[1]) - 1)
+    floor = np.floor(units)
+    return np.where(np.isfinite(x) & (x != 0), np.ldexp(floor + (uniform(keys[0]) < units - floor), exponent), x)
+
+
+@pytest.mark.parametrize("name", ["fp64", "fp32", "fp16", "bf16", "e4m3fn", "e2m1"])
+def test_the_fast_rounding_is_the_slow_one(name: str) -> None:
+    """Bit for bit: every binade that float64 has, subnormals, signed zeros, infinities, NaN; no extra, a number, one an element."""
+    fmt, rng = FORMATS[name], np.random.default_rng(0)
+    with np.errstate(over="ignore"):
+        x = np.ldexp(rng.uniform(-2, 2, (2200, 9)), np.arange(-1100, 1100)[:, None])
+    x[::50, :5] = (0.0, -0.0, np.inf, -np.inf, np.nan)
+    for extra in (0.0, 1.5, rng.uniform(0, 3, x.shape)):
+        keys = tuple(int(k) for k in rng.integers(0, 2**64, 2, dtype=np.uint64))
+        with np.errstate(all="ignore"):
+            expected = slowly(x, keys, fmt.emin, fmt.mantissa_bits, extra)
+        fast = kernel.rounded(x, keys[0], fmt.emin, fmt.mantissa_bits, extra, keys[1])
+        assert np.array_equal(fast.view(np.uint64), expected.view(np.uint64))
+        for key, emin in ((keys[0] ^ 1, fmt.emin), (keys[0], fmt.emin + 1)):
+            other = kernel.rounded(x, key, emin, fmt.mantissa_bits, extra, keys[1])
+            assert not np.array_equal(other, fast, equal_nan=True) or (name == "fp64" and np.ndim(extra) == 0 and extra == 0)
+
+
+def test_uniform_numbers_are_the_published_generators() -> None:
+    """SplitMix64 (Steele, Lea and Flood 2014) of state 0, 1, 2 additions of its constant on: its first published numbers of seed 0."""
+    golden = 0x9E3779B97F4A7C15
+    published = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F)
+    states = np.array([i * golden % 2**64 for i in range(3)], dtype=np.uint64)
+    assert np.array_equal(kernel.uniform(states.view(np.float64), 0), [(z >> 11) * 2.0**-53 for z in published])
+    assert kernel.uniform(np.float64(0.0), golden) == (published[1] >> 11) * 2.0**-53
+    assert kernel.uniform(np.zeros((2, 0)), 1).shape == (2, 0)
 
 
 class Nearest(Noise):
