@@ -13,6 +13,7 @@ operations. Values are carried in float64. The noise of an operation, in units o
 """
 
 import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ EXACT = {
 }
 
 
+@functools.cache
 def kernel() -> Any:
     """Numba's, when noise is first made: importing it takes longer than all the rest."""
     from ..kernels.cpu import noise
@@ -73,7 +75,8 @@ class Noise:
             extra = extra + 1.0  # the carrier has already rounded: x lies on the grid
         if self.amplify > 1.0:
             extra = (extra + 0.5) * self.amplify
-        extra, first = (extra, self.key()) if np.any(extra) else (0.0, 0)
+        some = extra.any() if isinstance(extra, np.ndarray) else extra
+        extra, first = (extra, self.key()) if some else (0.0, 0)
         return kernel().rounded(x, self.key(), fmt.emin, fmt.mantissa_bits, extra, first)  # 0/n, √0 and 0·x are exact everywhere
 
     def accumulated(self, total: np.ndarray, squares: np.ndarray, n: int) -> np.ndarray:

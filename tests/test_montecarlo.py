@@ -90,7 +90,7 @@ def test_the_fast_rounding_is_the_slow_one(name: str) -> None:
         x = np.ldexp(rng.uniform(-2, 2, (2200, 9)), np.arange(-1100, 1100)[:, None])
     x[::50, :5] = (0.0, -0.0, np.inf, -np.inf, np.nan)
     for extra in (0.0, 1.5, rng.uniform(0, 3, x.shape)):
-        keys = tuple(int(k) for k in rng.integers(0, 2**64, 2, dtype=np.uint64))
+        keys = (int(rng.integers(0, 2**64, dtype=np.uint64)), int(rng.integers(0, 2**64, dtype=np.uint64)))
         with np.errstate(all="ignore"):
             expected = slowly(x, keys, fmt.emin, fmt.mantissa_bits, extra)
         fast = kernel.rounded(x, keys[0], fmt.emin, fmt.mantissa_bits, extra, keys[1])
@@ -106,7 +106,7 @@ def test_uniform_numbers_are_the_published_generators() -> None:
     published = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F)
     states = np.array([i * golden % 2**64 for i in range(3)], dtype=np.uint64)
     assert np.array_equal(kernel.uniform(states.view(np.float64), 0), [(z >> 11) * 2.0**-53 for z in published])
-    assert kernel.uniform(np.float64(0.0), golden) == (published[1] >> 11) * 2.0**-53
+    assert kernel.uniform(np.zeros(()), golden) == (published[1] >> 11) * 2.0**-53
     assert kernel.uniform(np.zeros((2, 0)), 1).shape == (2, 0)
 
 

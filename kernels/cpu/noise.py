@@ -14,7 +14,7 @@ Array = NDArray[Any]
 
 
 @njit(inline="always")
-def _uniform(bits: int, key: int) -> float:
+def _uniform(bits: Any, key: Any) -> float:
     z = (bits ^ key) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -23,7 +23,7 @@ def _uniform(bits: int, key: int) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _uniforms(bits: Array, key: int, out: Array) -> None:
+def _uniforms(bits: Array, key: Any, out: Array) -> None:
     for i in range(bits.size):
         out[i] = _uniform(bits[i], key)
 
@@ -34,7 +34,7 @@ def _round(x: Array, bits: Array, extra: Array, keys: Array, emin: int, mantissa
         if x[i] == 0.0 or not math.isfinite(x[i]):
             out[i] = x[i]
             continue
-        exponent = max(np.int64((bits[i] >> np.uint64(52)) & np.uint64(0x7FF)) - 1023, emin) - mantissa_bits
+        exponent = max(int((bits[i] >> np.uint64(52)) & np.uint64(0x7FF)) - 1023, emin) - mantissa_bits
         units = math.ldexp(x[i], -exponent)
         if extra.size:
             units += extra[i if extra.size > 1 else 0] * (2 * _uniform(bits[i], keys[1]) - 1)
