@@ -23,7 +23,7 @@ from .band import Arrays, carrier
 from .bugs import Bug, bugs_of
 from .catalogue import conventions
 from .draw import Source
-from .explain import Explanation, alternatives, consolidate, explain, hidden
+from .explain import Cases, Explanation, alternatives, consolidate, explain, hidden
 from .judge import FAIL, Question, as_returned, judge
 from .montecarlo import Noise, noisy_inputs
 from .power_sample import CORRECT, chosen, drawn, elements, recipes_of
@@ -96,7 +96,8 @@ def records(part: Part, store: Store) -> list[dict[str, Any]]:
     cases_of = {id(b): _cases(b, op, part, store) for b in whole if b.id in part.ids}
     cases = list({c.name: c for each in cases_of.values() for c in each}.values())
     stored = {c.name: _vector(None if part.quick else store, op, c, part.direction, precision) for c in cases}
-    found = [_record(b, [stored[c.name] for c in cases_of[id(b)]], part) for b in whole if b.id in part.ids]
+    rivals = Cases(lambda: [(name, _question(v), v.band) for name, v in stored.items()])
+    found = [_record(b, [stored[c.name] for c in cases_of[id(b)]], part, rivals) for b in whole if b.id in part.ids]
     if part.named and (CORRECT in part.ids or part.quick):  # what others do on these cases: once for an op, direction and precision
         others = {b.id: b for b in whole if part.quick and b.id not in part.ids}
         changes = {f"{name}={value}": {name: value} for c in cases for a in alternatives(op, c.attrs) for name, value in a.items()}
@@ -146,7 +147,11 @@ def _vector(store: Store | None, op: Op, case: Case, direction: str, precision: 
     return _made[key]
 
 
-def _record(bug: Bug, stored: list[Vector], part: Part) -> dict[str, Any]:
+def _question(v: Vector) -> Question:
+    return Question(v.op, v.direction, v.inputs, v.case.attrs, v.precision)
+
+
+def _record(bug: Bug, stored: list[Vector], part: Part, rivals: Cases) -> dict[str, Any]:
     """One bug: the cases on which each judge fails it, and what it is taken for."""
     found: dict[str, Any] = {
         "op": part.op,
@@ -165,10 +170,10 @@ def _record(bug: Bug, stored: list[Vector], part: Part) -> dict[str, Any]:
     }
     explained: dict[str, list[Explanation]] = {}  # by case
     covered: set[str] = set()  # recipes
-    passed = []
+    passed, passing = [], []  # what may hide in rounding noise; every case that is not failed
     for v in stored:
         recipes = recipes_of(v.op, v.case)
-        question = Question(v.op, v.direction, v.inputs, v.case.attrs, v.precision)
+        question = _question(v)
         plain = outputs_of(bug, v)
         found["print"][v.case.name] = None if plain is None else fingerprint(v, plain)
         if plain is None:
@@ -194,6 +199,7 @@ def _record(bug: Bug, stored: list[Vector], part: Part) -> dict[str, Any]:
             for name in fields.rejecting(question, returned, right) if bug.id == CORRECT else []:  # false alarms, as of ours
                 found["field"][name].append(v.case.name)
             if judge(question, returned, v.band).verdict != FAIL:
+                passing.append(v.case.name)
                 passed += [(question, returned, v)] * (v.case.name in found["differ"] or bug.id == CORRECT)
                 continue
             found["computed"].append(v.case.name)
@@ -202,9 +208,9 @@ def _record(bug: Bug, stored: list[Vector], part: Part) -> dict[str, Any]:
             wanted = not settled and len(sure) < EXPLAINED
             another = bool(set(recipes) - covered) and (v.op.exact or not part.quick)  # cheap where nothing rounds
             if part.named and bug.id != CORRECT and (wanted or another):
-                explained[v.case.name] = explain(question, returned, v.band)
+                explained[v.case.name] = explain(question, returned, v.band, rivals)
                 covered.update(recipes)
-    found["named"] = [[e.id, n] for e, n in consolidate(explained.values())]
+    found["named"] = [[e.id, n] for e, n in consolidate(explained.values(), passing, found["computed"])]
     found["explained"] = list(explained)
     found["by_recipe"] = _by_recipe(op_named(part.op), explained)
     if part.named and not found["computed"] and not op_named(part.op).exact:  # a survivor: is it in the error all the same?
