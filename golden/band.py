@@ -100,12 +100,12 @@ def scaled(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def limits_of(errors: np.ndarray, raw: np.ndarray, floor: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """The limits from the runs' errors [runs, …], rounded and raw: each run is judged by the deviation of the others. Where a run errs
-    almost alone, the others do not say how far: it counts for at most sixteen deviations, or one run would lift every limit to anything."""
+    all alone the others do not say how far: it counts for at most RUNS² deviations, or one run would lift every limit to anything."""
     size, raw = scaled(raw)
     total = np.sum(raw * raw, axis=0)
     left_out = []
     for error, own in zip(errors, raw, strict=True):
-        others = np.maximum((total - own * own) / (len(raw) - 1), total / len(raw) ** 2)
+        others = np.maximum((total - own * own) / (len(raw) - 1), total / len(raw) ** 4)
         sigma = np.hypot(size * np.sqrt(others), floor)
         left_out.append(statistics(in_sigma(error, sigma), in_sigma(truth, sigma), reach(floor, sigma)))
     sigma = np.hypot(size * np.sqrt(total / len(raw)), floor)

@@ -478,13 +478,13 @@ def test_limits_pass_correct_sums_and_fail_gains() -> None:
 
 
 def test_a_run_that_errs_alone_does_not_lift_the_limits() -> None:
-    """Where one run of sixteen errs and the others are exact, an error of a hundred times its size is refused still."""
+    """Where one run of sixteen errs and the others are exact, an error of a thousand times its size is refused still."""
     truth, raw = np.zeros(3), np.zeros((16, 3))
     raw[5, 1] = 1e-7
     floor = floor_of(FP32, truth, np.any(raw != 0, axis=0))
     limits = limits_of(raw, raw, floor, truth)
     sigma = np.hypot(np.sqrt(np.mean(raw**2, axis=0)), floor)
-    for times, passes in ((1.0, True), (100.0, False)):
+    for times, passes in ((1.0, True), (1000.0, False)):
         found = measured(times * raw[5], truth, sigma, floor)
         assert all(found[k] <= limits[k] for k in limits) == passes, (times, found, limits)
 
