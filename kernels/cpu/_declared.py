@@ -42,3 +42,9 @@ def declared(
         need(key in record.attrs, name, key, "no attribute", f"one of {', '.join(record.attrs)}")
         check_attr(name, record.attrs[key], value)
     return {k: checked.get(k) for k in arrays}, {**record.defaults, **attrs}, letters
+
+
+def split(op: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The op's arrays (None where one is not given) and the rest, its attributes"""
+    names = [t.name for t in op_named(op).inputs]
+    return {name: given.get(name) for name in names}, {name: value for name, value in given.items() if name not in names}

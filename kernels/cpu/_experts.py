@@ -77,6 +77,12 @@ def forward(x: Array, topk_idx: Array, topk_weight: Array, weights: Any, limit: 
     return Saved(x, topk_weight, (gate, up, down), plan, first, active, kept[0], kept[1], limit) if keep else None
 
 
+def dense_forward(x: Array, weights: Any, limit: Any, y: Array, keep: bool) -> Saved | None:
+    """Adds FFN(x[n]), of weights [f,d], [f,d] and [d,f], to y: one expert that every token goes to. Saved, if a backward follows."""
+    everyone = np.zeros((x.shape[0], 1), np.int64), np.ones((x.shape[0], 1), x.dtype)
+    return forward(x, *everyone, [w[None] for w in weights], limit, y, keep)
+
+
 def backward(saved: Saved, dy: Array, dx: Array, out: Any = (None, None, None)) -> tuple[Array, ...]:
     """Adds to dx; returns dtopk_weight[n,k] and each weight's gradient, in the arrays of `out` where there are any."""
     x, topk_weight, (gate, up, down), plan, first, active, gates, ups, limit = saved
@@ -102,3 +108,8 @@ def backward(saved: Saved, dy: Array, dx: Array, out: Any = (None, None, None)) 
         run(_grouped.outer, e * -(-w.shape[1] // _grouped.TALL), _grouped.TALL * w.shape[2], a, b, first, width, dw, largest=PIECE)
         dws.append(dw)
     return dslots.reshape(topk_weight.shape), *dws
+
+
+def dense_backward(saved: Saved, dy: Array, dx: Array, out: Any = (None, None, None)) -> list[Array]:
+    """Adds to dx; returns each weight's gradient, in the arrays of `out` where there are any."""
+    return [g[0] for g in backward(saved, dy, dx, [None if w is None else w[None] for w in out])[1:]]

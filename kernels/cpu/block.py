@@ -7,9 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...ref.block import ATTENTION, CACHES, CONSTANT, DENSE, EXPERTS, WEIGHTS, parted
-from ...ref.op import op_named
 from . import _experts, mla, moe
-from ._declared import declared
+from ._declared import declared, split
 from .norm import rmsnorm, rmsnorm_bwd
 from .swiglu import limit_of
 
@@ -42,9 +41,8 @@ def forward(arrays: Arrays, attrs: dict[str, Any], topk_idx: Array | None = None
     normed = rmsnorm(u, arrays["post_attention_layernorm"], eps=eps)
     if dense:
         y, idx = u.copy(), np.zeros((b * s, 0), np.int64)
-        everyone = np.zeros((b * s, 1), np.int64), np.ones((b * s, 1), x.dtype)
         limit = limit_of("block", own.get("limit"), x.dtype)
-        s_ffn = _experts.forward(normed, *everyone, [arrays[name][None] for name in DENSE], limit, y, True)
+        s_ffn = _experts.dense_forward(normed, [arrays[name] for name in DENSE], limit, y, True)
     else:
         kept = None if topk_idx is None else topk_idx.reshape(b * s, topk_idx.shape[2])
         (f, idx), s_ffn = moe.layer_saving(kept, x=normed, **{name: arrays[name] for name in EXPERTS}, **own)
@@ -55,11 +53,12 @@ def forward(arrays: Arrays, attrs: dict[str, Any], topk_idx: Array | None = None
 def backward(saved: Saved, dy: Array) -> tuple[Array, dict[str, Array]]:
     """dx[b,s,d], and the gradients of the caches and weights that there are by name"""
     arrays, eps, x, u, s_attention, s_ffn = saved
-    (b, s, d), grads = dy.shape, {}
+    b, s, d = dy.shape
     du = dy.reshape(b * s, d)
+    grads: dict[str, Array]
     if arrays["gate_proj"] is not None:
         dnormed = np.zeros_like(du)
-        grads = {name: g[0] for name, g in zip(DENSE, _experts.backward(s_ffn, du, dnormed)[1:], strict=True)}
+        grads = dict(zip(DENSE, _experts.dense_backward(s_ffn, du, dnormed), strict=True))
     else:
         dnormed, *own = moe.backward(s_ffn, du)
         grads = dict(zip((n for n in EXPERTS if arrays[n] is not None and n != CONSTANT), own, strict=True))
@@ -73,29 +72,21 @@ def backward(saved: Saved, dy: Array) -> tuple[Array, dict[str, Array]]:
     return (du + back).reshape(b, s, d), grads
 
 
-def _all(given: dict[str, Any]) -> dict[str, Any]:
-    return {t.name: given.get(t.name) for t in op_named("block").inputs}
-
-
 def block(**given: Any) -> tuple[Array, Array]:
     """u = x + attention(rmsnorm(x)),   y[b,s,d] = u + ffn(rmsnorm(u)),   and the experts that were chosen, topk_idx[b,s,k].
 
     Arrays and attributes are those of the reference's block, by name; float32 or float64 alike. mla_prefill, or mla_absorb with
     absorbed=True; a dense feed-forward network or moe_layer. ValueError: as these, or both kinds of network, or neither.
     """
-    arrays, attrs, _ = declared("block", "forward", _all(given), _attrs(given), EXPERTS)
+    arrays, attrs, _ = declared("block", "forward", *split("block", given), EXPERTS)
     y, idx, _ = forward(arrays, attrs)
     return y, idx
 
 
 def block_bwd(topk_idx: Array, dy: Array, **given: Any) -> tuple[Array, ...]:
     """dx, then d<name> of each cache and weight that is given, for the gradient dy[b,s,d]; the choice is held. Errors as block."""
-    extra = {"topk_idx": topk_idx, "dy": dy}
-    arrays, attrs, _ = declared("block", "backward", {**_all(given), **extra}, _attrs(given), EXPERTS)
+    arrays, attrs = split("block", given)
+    arrays, attrs, _ = declared("block", "backward", {**arrays, "topk_idx": topk_idx, "dy": dy}, attrs, EXPERTS)
     _, _, saved = forward(arrays, attrs, arrays["topk_idx"])
     dx, grads = backward(saved, arrays["dy"])
     return dx, *(grads[name] for name in (*CACHES, *WEIGHTS) if name in grads)
-
-
-def _attrs(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name not in _all(given)}

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from ...ref.attention_parts import check_packed
 from ...ref.mla import check_sequences, check_shapes
 from ...ref.mla_parts import WEIGHTS
-from ...ref.op import op_named
 from . import _pool
 from ._common import need
-from ._declared import declared
+from ._declared import declared, split
 from ._latent import Absorbed, Form, Heads, Naive, Sizes
 from ._step import Setting, is_step, step
 from ._turn import turn, turn_back
@@ -169,9 +168,8 @@ def backward(saved: Saved, dy: Array, dc_kv: Array, dk_pe: Array, out: Mapping[s
 
 def prefill_saving(absorbed: bool = False, **given: Any) -> tuple[tuple[Array, Array, Array], Saved]:
     """mla_prefill's outputs (or mla_absorb's), and what `backward` takes: a training step computes the forward once."""
-    arrays = {t.name: given.pop(t.name, None) for t in op_named("mla.prefill").inputs}
     form = Absorbed if absorbed else Naive
-    saved = forward(form, *_checked(form, "forward", arrays, given), group=0)
+    saved = forward(form, *_checked(form, "forward", *split("mla.prefill", given)), group=0)
     return outputs(saved), saved
 
 

@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 from ...ref.block import EXPERTS, WEIGHTS
 from ...ref.embedding import check_ids
 from ...ref.model_stacked import height, heights_of, layer_of
-from ...ref.op import op_named
 from . import _pool
-from ._declared import declared
+from ._declared import declared, split
 from .block import Saved as Layer
 from .block import backward as layer_backward
 from .block import forward as layer_forward
@@ -72,14 +71,6 @@ def backward(saved: Saved, dlogits: Array, dhidden: Array) -> tuple[dict[str, Ar
     return grads, layers[::-1]
 
 
-def _all(given: dict[str, Any]) -> dict[str, Any]:
-    return {t.name: given.get(t.name) for t in op_named("model").inputs}
-
-
-def _attrs(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name not in _all(given)}
-
-
 def model(**given: Any) -> tuple[Array, Array, Array]:
     """logits[b,s,v], hidden[b,s,d] and the experts that were chosen, topk_idx[m,b,s,k]: x = embed_tokens[ids], x = block(x) for each layer,
     hidden = rmsnorm(x, norm), logits = lm_head hidden.
@@ -87,20 +78,21 @@ def model(**given: Any) -> tuple[Array, Array, Array]:
     Arrays and attributes are those of the reference's model, by name, the layers' weights stacked; float32 or float64 alike.
     ValueError: as block, an id is outside the vocabulary, the stacks have different numbers of layers.
     """
-    arrays, attrs, _ = declared("model", "forward", _all(given), _attrs(given), EXPERTS)
+    arrays, attrs, _ = declared("model", "forward", *split("model", given), EXPERTS)
     return forward(arrays, attrs)[0]
 
 
 def model_saving(**given: Any) -> tuple[tuple[Array, Array, Array], Saved]:
     """model's outputs, and what `backward` takes: a training step computes the forward once."""
-    arrays, attrs, _ = declared("model", "forward", _all(given), _attrs(given), EXPERTS)
+    arrays, attrs, _ = declared("model", "forward", *split("model", given), EXPERTS)
     return forward(arrays, attrs)
 
 
 def model_bwd(topk_idx: Array, dlogits: Array, dhidden: Array, **given: Any) -> tuple[Array, ...]:
     """The gradient of each weight that is given, in order, for those of logits and hidden; the choice is held. Errors as model."""
-    extra = {"topk_idx": topk_idx, "dlogits": dlogits, "dhidden": dhidden}
-    arrays, attrs, _ = declared("model", "backward", {**_all(given), **extra}, _attrs(given), EXPERTS)
+    arrays, attrs = split("model", given)
+    arrays |= {"topk_idx": topk_idx, "dlogits": dlogits, "dhidden": dhidden}
+    arrays, attrs, _ = declared("model", "backward", arrays, attrs, EXPERTS)
     _, saved = forward(arrays, attrs, arrays["topk_idx"])
     outer, layers = backward(saved, arrays["dlogits"], arrays["dhidden"])
     stacked = []

@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...ref.op import op_named
 from ...ref.selection import check_chosen
 from . import _experts, router
 from ._common import array_of, need
-from ._declared import INTEGERS, declared
+from ._declared import INTEGERS, declared, split
 from .swiglu import limit_of
 
 Array = NDArray[Any]
@@ -95,8 +94,7 @@ def _layer(
         weight = router.weights_of("bias" in routed, idx, **routed)
     y, shared = np.zeros_like(x), None
     if present:
-        everyone = np.zeros((letters["n"], 1), np.int64), np.ones((letters["n"], 1), x.dtype)
-        shared = _experts.forward(x, *everyone, [arrays[name][None] for name in SHARED], a["limit"], y, keep)
+        shared = _experts.dense_forward(x, [arrays[name] for name in SHARED], a["limit"], y, keep)
     experts = _experts.forward(x, idx, weight, [arrays[name] for name in EXPERTS], a["limit"], y, keep)
     return y, idx, Saved(arrays, routed, idx, experts, shared)
 
@@ -112,15 +110,13 @@ def backward(saved: Saved, dy: Array, out: Any = None) -> tuple[Array, ...]:
     dx += np.matmul(dlogits, arrays["gate_weight"])
     dgate_weight = np.matmul(dlogits.T, x, out=out.get("gate_weight"))
     if saved.shared is not None:
-        targets = [None if out.get(name) is None else out[name][None] for name in SHARED]
-        dw += [g[0] for g in _experts.backward(saved.shared, dy, dx, targets)[1:]]
+        dw += _experts.dense_backward(saved.shared, dy, dx, [out.get(name) for name in SHARED])
     return dx, dgate_weight, *dw
 
 
 def layer_saving(topk_idx: Array | None = None, **given: Any) -> tuple[tuple[Array, Array], Saved]:
     """moe_layer's outputs, and what `backward` takes: a training step computes the forward once. A topk_idx that is given is kept."""
-    arrays = {t.name: given.pop(t.name, None) for t in op_named("moe.layer").inputs}
-    y, idx, saved = _layer("forward", arrays, given, True, topk_idx)
+    y, idx, saved = _layer("forward", *split("moe.layer", given), True, topk_idx)
     return (y, idx), saved
 
 

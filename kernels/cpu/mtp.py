@@ -10,8 +10,7 @@ from ...ref.block import CONSTANT, EXPERTS, WEIGHTS
 from ...ref.embedding import check_ids
 from ...ref.mtp import MODULE, check_merge, read_by
 from ...ref.mtp_loss import BLOCK, longer, rows_of, targets_of
-from ...ref.op import op_named
-from ._declared import declared
+from ._declared import declared, split
 from .block import Saved as Layer
 from .block import backward as layer_backward
 from .block import forward as layer_forward
@@ -88,13 +87,13 @@ def mtp(**given: Any) -> tuple[Array, Array, Array]:
     Arrays and attributes are those of the reference's mtp, by name; float32 or float64 alike. ValueError: as block, ids are not `depth`
     more than h has rows, one is outside the vocabulary.
     """
-    arrays, attrs, _ = declared("mtp", "forward", *_split("mtp", given), EXPERTS)
+    arrays, attrs, _ = declared("mtp", "forward", *split("mtp", given), EXPERTS)
     return _mtp(arrays, attrs, None)[0]
 
 
 def mtp_bwd(topk_idx: Array, dlogits: Array, dh_next: Array, **given: Any) -> tuple[Array, ...]:
     """dh and the gradient of each weight that is given, in order, for those of logits and h_next; the choice is held. Errors as mtp."""
-    arrays, attrs = _split("mtp", given)
+    arrays, attrs = split("mtp", given)
     arrays |= {"topk_idx": topk_idx, "dlogits": dlogits, "dh_next": dh_next}
     arrays, attrs, _ = declared("mtp", "backward", arrays, attrs, EXPERTS)
     _, saved, rows = _mtp(arrays, attrs, arrays["topk_idx"])
@@ -136,14 +135,14 @@ def mtp_loss(**given: Any) -> tuple[Array, Array]:
     Arrays and attributes are those of the reference's mtp.loss, by name, the modules' weights stacked; float32 or float64 alike.
     ValueError: as mtp, a label is outside the vocabulary.
     """
-    arrays, attrs, _ = declared("mtp.loss", "forward", *_split("mtp.loss", given), EXPERTS)
+    arrays, attrs, _ = declared("mtp.loss", "forward", *split("mtp.loss", given), EXPERTS)
     loss, idx, _ = _chain(arrays, attrs, None)
     return np.asarray(loss, arrays["h"].dtype), idx
 
 
 def mtp_loss_bwd(topk_idx: Array, dloss: Array, **given: Any) -> tuple[Array, ...]:
     """dh and the gradient of each weight that is given, in order, for that of the loss; the choice is held. Errors as mtp_loss."""
-    arrays, attrs = _split("mtp.loss", given)
+    arrays, attrs = split("mtp.loss", given)
     arrays, attrs, _ = declared("mtp.loss", "backward", {**arrays, "topk_idx": topk_idx, "dloss": dloss}, attrs, EXPERTS)
     h, embed, head = arrays["h"], arrays["embed_tokens"], arrays["shared_head"]
     _, _, saved = _chain(arrays, attrs, arrays["topk_idx"])
@@ -161,9 +160,3 @@ def mtp_loss_bwd(topk_idx: Array, dloss: Array, **given: Any) -> tuple[Array, ..
     names = [name for name in MODULE if arrays[name] is not None and name != CONSTANT]
     stacked = (np.stack([own[n] for own in grads]) if grads else np.zeros_like(arrays[n]) for n in names)
     return longer(dx, s - dx.shape[1]), *stacked, dembed_tokens, dshared_head
-
-
-def _split(op: str, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The op's arrays (None where one is not given) and the rest, its attributes"""
-    names = [t.name for t in op_named(op).inputs]
-    return {name: given.get(name) for name in names}, {name: value for name, value in given.items() if name not in names}
