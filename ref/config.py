@@ -5,7 +5,7 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 # What a config.json says that the mathematics of this project does not depend on.
 IGNORED = frozenset(
@@ -151,20 +151,17 @@ class Config:
                 raise ValueError(f"{where}: {name} is missing")
         quantization = found.get("quantization_config") or {}
         config = cls(**{**fields, **_yarn(scaling, where), "scale_fmt": quantization.get("scale_fmt", fields.get("scale_fmt"))})
-        for f in dataclasses.fields(cls):  # text where a number belongs would only be met somewhere in the arithmetic
-            value, kind = getattr(config, f.name), type(f.default)
-            if (
-                kind in KINDS
-                and not (value is None and "None" in str(f.type))
-                and not isinstance(value, (int, float) if kind is float else kind)
-            ):
-                raise ValueError(f"{where}: {f.name} is {value!r}; expected {KINDS[kind]}")
         config.check(where)
         _check_derived(found, config, where)
         return config
 
     def check(self, where: str = "config") -> None:
-        """Refuses what contradicts itself, by name."""
+        """Refuses by name what is of another kind than its field, or contradicts itself."""
+        for name, hint in get_type_hints(type(self)).items():  # text where a number belongs would only be met somewhere in the arithmetic
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+            if not fits or (isinstance(value, bool) and bool not in kinds):  # bool is a subclass of int
+                raise ValueError(f"{where}: {name} is {value!r}; expected {KINDS[kinds[0]]}")
         for name in (
             "hidden_size",
             "num_attention_heads",
@@ -174,9 +171,8 @@ class Config:
             "v_head_dim",
             "vocab_size",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{where}: {name} is {value!r}; expected a positive integer")
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{where}: {name} is {value}; expected a positive integer")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"{where}: qk_rope_head_dim is {self.qk_rope_head_dim}; expected an even number")
         if self.n_group < 1 or self.n_routed_experts % self.n_group:
@@ -188,9 +184,8 @@ class Config:
             raise ValueError(
                 f"{where}: num_experts_per_tok is {self.num_experts_per_tok}; expected 1 to {left}, the experts left by the groups"
             )
-        modules = self.num_nextn_predict_layers
-        if not isinstance(modules, int) or isinstance(modules, bool) or modules < 0:
-            raise ValueError(f"{where}: num_nextn_predict_layers is {modules!r}; expected 0 or a positive integer")
+        if self.num_nextn_predict_layers < 0:
+            raise ValueError(f"{where}: num_nextn_predict_layers is {self.num_nextn_predict_layers}; expected 0 or a positive integer")
         if self.factor < 1:
             raise ValueError(f"{where}: rope_scaling factor is {self.factor}; expected >= 1")
 

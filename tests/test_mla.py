@@ -1,6 +1,7 @@
 """Multi-head latent attention and its parts: facts, splits, masks, positions, presets and what is refused. See test_mla_properties too."""
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -179,3 +180,35 @@ def test_wrong_arguments_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=expected):
             call()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"n_group": "4"}, "n_group is '4'; expected an integer"),
+        ({"n_group": True}, "n_group is True; expected an integer"),
+        ({"n_group": 4.0}, "n_group is 4.0; expected an integer"),
+        ({"hidden_size": "8"}, "hidden_size is '8'; expected an integer"),
+        ({"hidden_size": 0}, "hidden_size is 0; expected a positive integer"),
+        ({"vocab_size": None}, "vocab_size is None; expected an integer"),
+        ({"q_lora_rank": False}, "q_lora_rank is False; expected an integer"),
+        ({"num_nextn_predict_layers": True}, "num_nextn_predict_layers is True; expected an integer"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1; expected 0 or a positive integer"),
+        ({"rope_theta": True}, "rope_theta is True; expected a number"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'; expected a number"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1; expected true or false"),
+        ({"topk_method": 3}, "topk_method is 3; expected text"),
+        ({"scale_fmt": 8}, "scale_fmt is 8; expected text"),
+    ],
+)
+def test_a_field_of_another_kind_is_refused(fields: dict[str, Any], expected: str) -> None:
+    """In a config.json as in a Config that a program made."""
+    with pytest.raises(ValueError, match=re.escape(f"config: {expected}")):
+        Config.from_dict({"hidden_size": 8, "num_attention_heads": 2, **fields})
+    with pytest.raises(ValueError, match=re.escape(f"config: {expected}")):
+        replace(Config.preset("v3"), **fields).check()
+
+
+def test_an_integer_is_a_number_and_null_stands_where_there_may_be_nothing() -> None:
+    replace(Config.preset("v3"), rope_theta=10000, factor=40, q_lora_rank=None, scale_fmt=None).check()
+    replace(Config.preset("v3"), scale_fmt="ue8m0").check()
