@@ -43,6 +43,31 @@ __device__ __forceinline__ void multiply(float (&low)[4], float (&high)[4], cons
     mma_bf16(low, a, first);
     mma_bf16(high, a, second);
 }
+// C[16,8 COUNT] += A Bᵀ over WIDTH: A from rows top.. of its tile, B the rows from n on of a tile [n][k]. UNROLL steps at a time.
+template <int WIDTH, int UNROLL, int COUNT>
+__device__ __forceinline__ void add_scores(float (&c)[COUNT][4], const unsigned char* a_tile, int top, const unsigned char* b_tile,
+                                           int n = 0) {
+#pragma unroll UNROLL
+    for (int k = 0; k < div_up(WIDTH, 16); k++) {
+        u32 a[4], b[4];
+        load_a<WIDTH>(a, a_tile, top, k);
+#pragma unroll
+        for (int j = 0; j < COUNT / 2; j++) {
+            load_b<WIDTH>(b, b_tile, n + j * 16, k);
+            multiply(c[2 * j], c[2 * j + 1], a, b);
+        }
+    }
+}
+// C[16,8 COUNT] += A B, A of 16 rows, B rows 16 k.. of a tile [k][n], its columns from 16 first on.
+template <int WIDTH, int COUNT>
+__device__ __forceinline__ void add_weighted(float (&c)[COUNT][4], const u32 (&a)[4], const unsigned char* b_tile, int k, int first = 0) {
+    u32 b[4];
+#pragma unroll
+    for (int j = 0; j < COUNT / 2; j++) {
+        load_b_trans<WIDTH>(b, b_tile, (first + j) * 16, k);
+        multiply(c[2 * j], c[2 * j + 1], a, b);
+    }
+}
 
 // Two neighbouring 16x8 fragments of C as a 16x16 fragment of A: the same lanes hold the same elements.
 __device__ __forceinline__ void as_a(u32 (&a)[4], const float (&left)[4], const float (&right)[4]) {

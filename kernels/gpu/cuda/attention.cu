@@ -39,16 +39,7 @@ attention(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __res
         if (n + 1 < blocks) fetch(keys, stages + (n + 1) % 2 * STAGE, n + 1);
         const unsigned char *k_tile = stages + n % 2 * STAGE, *v_tile = k_tile + K_BYTES;
         float z[KEYS / 8][4] = {};
-#pragma unroll 2
-        for (int i = 0; i < div_up(DK, 16); i++) {
-            u32 qa[4], kb[4];
-            load_a<DK>(qa, q_tile, top, i);
-#pragma unroll
-            for (int j = 0; j < KEYS / 16; j++) {
-                load_b<DK>(kb, k_tile, j * 16, i);
-                multiply(z[2 * j], z[2 * j + 1], qa, kb);
-            }
-        }
+        add_scores<DK, 2>(z, q_tile, top, k_tile);
         float base[2] = {largest[0], largest[1]}, shrink[2];
 #pragma unroll
         for (int i = 0; i < KEYS / 8; i++)
@@ -78,13 +69,9 @@ attention(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __res
             }
 #pragma unroll
         for (int i = 0; i < KEYS / 16; i++) {
-            u32 pa[4], vb[4];
+            u32 pa[4];
             as_a(pa, z[2 * i], z[2 * i + 1]);
-#pragma unroll
-            for (int j = 0; j < N16; j++) {
-                load_b_trans<DV>(vb, v_tile, j * 16, i);
-                multiply(acc[2 * j], acc[2 * j + 1], pa, vb);
-            }
+            add_weighted<DV>(acc, pa, v_tile, i);
         }
     }
     cp_async_wait<0>();

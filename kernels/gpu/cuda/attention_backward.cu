@@ -69,26 +69,8 @@ attention_dkv(const u16* __restrict__ q, const u16* __restrict__ k, const u16* _
         const int head = key_head * (h / g) + i / per_head, at = (start + i % per_head) * OTHERS;
         const float *lse_of = lse + n.row(b, 0, head), *d_of = d + n.row(b, 0, head);
         float p[OTHERS / 8][4] = {}, dz[OTHERS / 8][4] = {};
-#pragma unroll 1
-        for (int x = 0; x < K16; x++) {
-            u32 ka[4], qb[4];
-            load_a<DK>(ka, k_tile, top, x);
-#pragma unroll
-            for (int j = 0; j < OTHERS / 16; j++) {
-                load_b<DK>(qb, q_tile, j * 16, x);
-                multiply(p[2 * j], p[2 * j + 1], ka, qb);
-            }
-        }
-#pragma unroll 1
-        for (int x = 0; x < V16; x++) {
-            u32 va[4], ob[4];
-            load_a<DV>(va, v_tile, top, x);
-#pragma unroll
-            for (int j = 0; j < OTHERS / 16; j++) {
-                load_b<DV>(ob, o_tile, j * 16, x);
-                multiply(dz[2 * j], dz[2 * j + 1], va, ob);
-            }
-        }
+        add_scores<DK, 1>(p, k_tile, top, q_tile);
+        add_scores<DV, 1>(dz, v_tile, top, o_tile);
 #pragma unroll
         for (int x = 0; x < OTHERS / 8; x++)
 #pragma unroll
@@ -99,19 +81,11 @@ attention_dkv(const u16* __restrict__ q, const u16* __restrict__ k, const u16* _
             }
 #pragma unroll
         for (int x = 0; x < OTHERS / 16; x++) {
-            u32 pa[4], za[4], other[4];
+            u32 pa[4], za[4];
             as_a(pa, p[2 * x], p[2 * x + 1]);
             as_a(za, dz[2 * x], dz[2 * x + 1]);
-#pragma unroll
-            for (int j = 0; j < V16; j++) {
-                load_b_trans<DV>(other, o_tile, j * 16, x);
-                multiply(of_v[2 * j], of_v[2 * j + 1], pa, other);
-            }
-#pragma unroll
-            for (int j = 0; j < K16; j++) {
-                load_b_trans<DK>(other, q_tile, j * 16, x);
-                multiply(of_k[2 * j], of_k[2 * j + 1], za, other);
-            }
+            add_weighted<DV>(of_v, pa, o_tile, x);
+            add_weighted<DK>(of_k, za, q_tile, x);
         }
     }
     cp_async_wait<0>();
@@ -156,26 +130,8 @@ attention_dq(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __
         if (i + 1 < blocks) fetch(i + 1);
         const unsigned char *k_tile = stages + i % 2 * STAGE, *v_tile = k_tile + OTHER_BYTES;
         float p[OTHERS / 8][4] = {}, dz[OTHERS / 8][4] = {};
-#pragma unroll 2
-        for (int x = 0; x < K16; x++) {
-            u32 qa[4], kb[4];
-            load_a<DK>(qa, q_tile, top, x);
-#pragma unroll
-            for (int j = 0; j < OTHERS / 16; j++) {
-                load_b<DK>(kb, k_tile, j * 16, x);
-                multiply(p[2 * j], p[2 * j + 1], qa, kb);
-            }
-        }
-#pragma unroll 2
-        for (int x = 0; x < V16; x++) {
-            u32 oa[4], vb[4];
-            load_a<DV>(oa, o_tile, top, x);
-#pragma unroll
-            for (int j = 0; j < OTHERS / 16; j++) {
-                load_b<DV>(vb, v_tile, j * 16, x);
-                multiply(dz[2 * j], dz[2 * j + 1], oa, vb);
-            }
-        }
+        add_scores<DK, 2>(p, q_tile, top, k_tile);
+        add_scores<DV, 2>(dz, o_tile, top, v_tile);
 #pragma unroll
         for (int x = 0; x < OTHERS / 8; x++)
 #pragma unroll
@@ -186,13 +142,9 @@ attention_dq(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __
             }
 #pragma unroll
         for (int x = 0; x < OTHERS / 16; x++) {
-            u32 za[4], kb[4];
+            u32 za[4];
             as_a(za, dz[2 * x], dz[2 * x + 1]);
-#pragma unroll
-            for (int j = 0; j < K16; j++) {
-                load_b_trans<DK>(kb, k_tile, j * 16, x);
-                multiply(of_q[2 * j], of_q[2 * j + 1], za, kb);
-            }
+            add_weighted<DK>(of_q, za, k_tile, x);
         }
     }
     cp_async_wait<0>();

@@ -99,16 +99,7 @@ mla_decode(const u16* __restrict__ q, const unsigned char* __restrict__ pages, c
         if ((LAYOUT || STAGES == 2) && n + 1 < last) fetch(cache, LAYOUT ? raw : k_tiles + (n + 1 - first) % STAGES * TILE_BYTES, n + 1);
 
         float z[4][4] = {};
-#pragma unroll 2
-        for (int k = 0; k < div_up(K, 16); k++) {
-            u32 qa[4], kb[4];
-            load_a<K>(qa, q_tile, top, k);
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                load_b<K>(kb, k_tile, half * 32 + i * 16, k);
-                multiply(z[2 * i], z[2 * i + 1], qa, kb);
-            }
-        }
+        add_scores<K, 2>(z, q_tile, top, k_tile, half * 32);
         float most[2] = {low, low};
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -151,13 +142,9 @@ mla_decode(const u16* __restrict__ q, const unsigned char* __restrict__ pages, c
         __syncthreads();  // both halves' weights are there
 #pragma unroll 2
         for (int k = 0; k < KEYS / 16; k++) {
-            u32 pa[4], vb[4];
+            u32 pa[4];
             load_a<KEYS>(pa, p_tile, top, k);
-#pragma unroll
-            for (int i = 0; i < N16; i++) {
-                load_b_trans<K>(vb, k_tile, (half * N16 + i) * 16, k);
-                multiply(acc[2 * i], acc[2 * i + 1], pa, vb);
-            }
+            add_weighted<K>(acc, pa, k_tile, k, half * N16);
         }
         if (!LAYOUT && STAGES == 1 && n + 1 < last) {
             __syncthreads();
