@@ -131,41 +131,36 @@ def _checked(op: str, fmt: Format, x: Array, random: Array | None, overflow: str
         need(False, op, f"x[{int(xp.argmax(xp.isnan(x)))}]", "NaN", f"a number; {fmt.name} has no NaN")
 
 
-def _cast_op(fmt: Format) -> Callable[..., Array]:
-    @kernel_of(f"cast.{fmt.name}", any_shape=True)
-    def cast(
+def _rounding_op(kind: str, fmt: Format) -> Callable[..., Array]:
+    """cast.<format> or encode.<format>"""
+    op, to = f"{kind}.{fmt.name}", _cast if kind == "cast" else _encode
+
+    @kernel_of(op, any_shape=True)
+    def rounded(
         x: Array,
         random: Array | None = None,
         *,
         overflow: Overflow = "saturate" if fmt.bits <= 8 else "nan",
         rounding: Rounding = "half-even",
     ) -> Array:
-        _checked(f"cast.{fmt.name}", fmt, x, random, overflow, rounding)
-        y = empty(x.shape, x.dtype)
-        each(_cast, x.size, x, x if random is None else random, grid_of(fmt, overflow, rounding), y)
+        _checked(op, fmt, x, random, overflow, rounding)
+        y = empty(x.shape, x.dtype if kind == "cast" else np.dtype(fmt.code_dtype))
+        each(to, x.size, x, x if random is None else random, grid_of(fmt, overflow, rounding), y)
         return y
 
+    rounded.__name__ = rounded.__qualname__ = fmt.name
+    return rounded
+
+
+def _cast_op(fmt: Format) -> Callable[..., Array]:
+    cast = _rounding_op("cast", fmt)
     cast.__doc__ = f"""y[n] = x[n] rounded once to {fmt.name}, in x's dtype; x of any shape. Attributes and errors as kernels.cpu's."""
-    cast.__name__ = cast.__qualname__ = fmt.name
     return cast
 
 
 def _encode_op(fmt: Format) -> Callable[..., Array]:
-    @kernel_of(f"encode.{fmt.name}", any_shape=True)
-    def encode(
-        x: Array,
-        random: Array | None = None,
-        *,
-        overflow: Overflow = "saturate" if fmt.bits <= 8 else "nan",
-        rounding: Rounding = "half-even",
-    ) -> Array:
-        _checked(f"encode.{fmt.name}", fmt, x, random, overflow, rounding)
-        codes = empty(x.shape, np.dtype(fmt.code_dtype))
-        each(_encode, x.size, x, x if random is None else random, grid_of(fmt, overflow, rounding), codes)
-        return codes
-
+    encode = _rounding_op("encode", fmt)
     encode.__doc__ = f"""codes[n] = the bit pattern of cast.{fmt.name}(x[n]), {fmt.code_dtype}; x of any shape. The rest as there."""
-    encode.__name__ = encode.__qualname__ = fmt.name
     return encode
 
 
