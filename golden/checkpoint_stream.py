@@ -18,17 +18,16 @@ from ..ref.norm import rmsnorm_fwd
 from .checkpoint import Checkpoint
 from .safetensor_file import Reader, Writer
 from .subject import load
+from .weights import Multiplying
 
 Array = NDArray[Any]
 Cache = tuple[Array, Array]
 Progress = Callable[[int, int, str], Any]
 
 
-class Coded(np.ndarray):
+class Coded(Multiplying):
     """An FP8 weight that multiplies from its codes, piece by piece, and then gives their memory back. As an array it is NaN, in no memory:
     nothing may read it but ref's linear, by __linear__."""
-
-    product: Callable[[Array], Array] | None = None  # of a part of it there is none
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, name: str) -> "Coded":
@@ -42,11 +41,6 @@ class Coded(np.ndarray):
         weight = np.broadcast_to(np.float32(np.nan), codes.shape).view(cls)
         weight.product = product
         return weight
-
-    def __linear__(self, x: Array) -> Array:
-        if self.product is None:
-            raise TypeError("a part of an FP8 weight has no product of its own")
-        return self.product(x)
 
 
 class Streamed(Mapping[str, Any]):

@@ -17,7 +17,7 @@ from ..ref.norm import rmsnorm_fwd
 from .checkpoint import Checkpoint
 from .checkpoint_make import is_fp8
 from .subject import load
-from .weights import BLOCK
+from .weights import BLOCK, Multiplying
 
 Array = NDArray[Any]
 Progress = Callable[[int, int, str], Any]
@@ -35,11 +35,9 @@ class Half(np.ndarray):
         return result.view(Half) if isinstance(result, np.ndarray) and result.dtype == np.float32 else result
 
 
-class Quantised(np.ndarray):
+class Quantised(Multiplying):
     """A weight of E4M3 codes and block scales (its values are theirs) that multiplies as FP8 inference does: the activations become codes
     by tiles of 1 x 128, products are summed in float32 128 at a time, each sum times both scales."""
-
-    product: Callable[[Array], Array] | None = None
 
     @classmethod
     def of(cls, codes: Array, scale: Array, recipe: str) -> "Quantised":
@@ -52,11 +50,6 @@ class Quantised(np.ndarray):
         weight = load("leadline.kernels.cpu._weights").source.dequantize_weight(codes, scale).view(cls)
         weight.product = product
         return weight
-
-    def __linear__(self, x: Array) -> Array:
-        if self.product is None:
-            raise TypeError("a part of an FP8 weight has no product of its own")
-        return self.product(x)
 
 
 class Weights(Mapping[str, Array]):

@@ -22,6 +22,18 @@ AHEAD = 2  # chunks that may wait to be written
 STEP = 1 << 26  # bytes between two calls of progress within a tensor
 
 Progress = Callable[[int, int, str], Any]
+Array = NDArray[Any]
+
+
+class Multiplying(np.ndarray):
+    """An FP8 weight with a product of its own, which ref's linear asks for by __linear__."""
+
+    product: Callable[[Array], Array] | None = None  # of a part of it there is none
+
+    def __linear__(self, x: Array) -> Array:
+        if self.product is None:
+            raise TypeError("a part of an FP8 weight has no product of its own")
+        return self.product(x)
 
 
 @dataclass(frozen=True)
