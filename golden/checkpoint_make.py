@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from .draw import Source
 from .safetensor_file import Writer, size_of
 from .subject import load
 from .weights import BLOCK, SUFFIX, grid
+from .whole import whole
 
 SHARD = {"tiny-v3": 1 << 21, "tiny-v3.1": 1 << 21}  # bytes of a shard where it is not 4 GB
 LARGE = 4 << 30
@@ -201,16 +201,8 @@ def make(
     total = sum(size_of(dtype, shape) or 0 for file in files for _, dtype, shape in file)
     if total > (free := shutil.disk_usage(parent).free):
         raise ValueError(f"{target}: would have {total:,} bytes; expected at most the {free:,} that are free there")
-    part = parent / f".leadline-{secrets.token_hex(8)}.part"
-    part.mkdir()
-    try:
+    with whole(target) as part:
         _write(part, files, config, fp8, seed, total, progress)
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     weights = [shape for file in files for name, _, shape in file if not name.endswith(SUFFIX)]
     size = sum(p.stat().st_size for p in target.iterdir())
     return Made(sum(int(np.prod(s)) for s in weights), len(weights), len(files), size)

@@ -81,13 +81,14 @@ def check_command(
     """
     from . import trace_plot
     from .checkpoint import Checkpoint
+    from .plot import figure_for
     from .trace_check import check
 
     for path in (png, html):
         if path is not None and (why := unwritable(path)):
             raise UsageError(f"{path} cannot be written: {why}")
     if png is not None:
-        trace_plot.check_png(png)
+        figure_for(png)
     started = time.perf_counter()
     try:
         with Checkpoint(directory) as model:

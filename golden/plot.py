@@ -92,9 +92,8 @@ def picture_of(op: str) -> Callable[[Any, str], None]:
     return drawn[op]
 
 
-def plot(op: str, path: Path) -> None:
-    """Writes an op's picture; the file's ending says the format."""
-    draw = picture_of(op)
+def figure_for(path: Path) -> Any:
+    """matplotlib's Figure, if it can write the file"""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -103,6 +102,13 @@ def plot(op: str, path: Path) -> None:
     endings = figure.canvas.get_supported_filetypes()
     if path.suffix.lstrip(".") not in endings:
         raise UsageError(f"cannot draw {path.name!r}; expected a name that ends in one of {', '.join(sorted(endings))}")
+    return figure
+
+
+def plot(op: str, path: Path) -> None:
+    """Writes an op's picture; the file's ending says the format."""
+    draw = picture_of(op)
+    figure = figure_for(path)
     if not path.parent.is_dir():
         raise UsageError(f"no directory {path.parent}")
     draw(figure, op)

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .errors import UsageError
 from .explain import Explanation
 from .judge import FAIL, PASS
+from .plot import figure_for
 from .report import STYLE, shown
 from .trace_check import Checked, Judged, layers_of
 from .trace_names import BY_NAME, IN_LAYER, short_name
@@ -160,22 +160,9 @@ def label(r: Judged) -> str:
     return r.name if r.layer is None else str(r.layer)
 
 
-def check_png(path: Path) -> Any:
-    """matplotlib's Figure, if it can write the file"""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError('pictures need matplotlib: pip install "leadline[report]"') from None
-    figure = Figure(figsize=(10, 5.5), layout="constrained", dpi=120)
-    endings = figure.canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".") not in endings:
-        raise UsageError(f"cannot draw {path.name!r}; expected a name that ends in one of {', '.join(sorted(endings))}")
-    return figure
-
-
 def png(report: Checked, path: Path) -> None:
     """Drift over layers beside the band of correct arithmetic; a layer with a wrong step is red."""
-    figure = check_png(path)
+    figure = figure_for(path)
     points = [r for r in curve(report) if r.drift]
     axis, at = figure.subplots(), range(len(points))
     axis.fill_between(at, [r.expected for r in points], [r.limit for r in points], alpha=0.3, label="correct arithmetic: mean to limit")

@@ -2,8 +2,6 @@
 
 import json
 import os
-import secrets
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +16,7 @@ from .checkpoint import Checkpoint
 from .errors import UsageError
 from .safetensor_file import Writer
 from .trace_names import SCHEMA, full_name, names_of
+from .whole import whole
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 ENGINES = ("transformers",)
@@ -275,16 +274,8 @@ def write(out: Path, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> No
     if not parent.is_dir():
         raise UsageError(f"{out}: there is no {parent}; expected a directory to write it in")
     values = {name: x if isinstance(x, tuple) else stored(x) for name, x in tensors.items()}
-    part = parent / f".leadline-{secrets.token_hex(8)}.part"
-    part.mkdir()
-    try:
+    with whole(out) as part:
         with Writer(part / "trace.safetensors", [(name, dtype, x.shape) for name, (dtype, x) in values.items()]) as file:
             for name, (_, x) in values.items():
                 file.write(name, x)
         (part / "trace.json").write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
