@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 from array_api_compat import array_namespace, device
@@ -15,10 +16,16 @@ def xp_of(*arrays: Array) -> Any:
     return array_namespace(*arrays)
 
 
+@cache
+def powers(low: int, high: int) -> list[float]:
+    """Numbers, not an array: one that was made while a framework traced must not outlive the trace."""
+    return [2.0**k for k in range(low, high + 1)]
+
+
 def power_of_two(xp: Any, exponent: Array, dtype: Any, dev: Any) -> Array:
     """2^exponent, exact, for integer exponents that the dtype can hold. Gathered, since exp2 need not be exact."""
     low, high = exponent_range(xp, dtype)
-    table = xp.asarray([2.0**k for k in range(low, high + 1)], dtype=dtype, device=dev)
+    table = xp.asarray(powers(low, high), dtype=dtype, device=dev)
     index = xp.clip(exponent - low, 0, high - low)
     return xp.reshape(xp.take(table, xp.reshape(index, (-1,))), exponent.shape)
 
@@ -29,7 +36,7 @@ def floor_log2(xp: Any, magnitude: Array) -> Array:
     A search in the table of powers: log2 in floating point is wrong next to a power of two.
     """
     low, high = exponent_range(xp, magnitude.dtype)
-    table = xp.asarray([2.0**k for k in range(low, high + 1)], dtype=magnitude.dtype, device=device(magnitude))
+    table = xp.asarray(powers(low, high), dtype=magnitude.dtype, device=device(magnitude))
     position = xp.searchsorted(table, xp.reshape(magnitude, (-1,)), side="right")
     return xp.reshape(xp.clip(xp.astype(position, xp.int64) - 1, -1, high - low) + low, magnitude.shape)
 
