@@ -29,7 +29,7 @@ def judge_choice(question: Question, values: Arrays, band: Band, judgement: Judg
     regret, noise = regrets(question, tensor, legal, differs)
     regret = np.where(possible, regret, np.inf)
     finite = np.isfinite(regret)
-    tie = finite & (regret == 0)
+    tie = _ties(question, tensor, legal, expected, differs & finite & (regret == 0))
     accepted = np.where(tie, question.any_tie, finite & (regret <= SLACK * DEVIATIONS * noise))
     judgement.ambiguous += int(np.sum(differs & accepted))
     for where in np.argwhere(differs & ~accepted)[:1]:
@@ -71,6 +71,19 @@ def regrets(question: Question, tensor: Tensor, choice: np.ndarray, differs: np.
     for part, values in zip(whole, (regret, noise), strict=True):
         part[rows] = values
     return whole
+
+
+def _ties(question: Question, tensor: Tensor, choice: np.ndarray, expected: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Where the reference's decision would be as right as the subject's, which is. It need not be where decisions follow from earlier ones
+    (of layers, or of MTP modules): beside the subject's choice in one, its choice may be the only right one in the next."""
+    if tensor.kind != "index" or tensor.dims[0] == "n":
+        return right
+    found = np.zeros_like(right)
+    for j in np.flatnonzero(right.reshape(len(right), -1).any(axis=1)):
+        beside = choice.copy()
+        beside[j] = np.where(right[j][..., None], expected[j], choice[j])
+        found[j] = right[j] & (regrets(question, tensor, beside, right)[0][j] == 0)
+    return found
 
 
 def _band(question: Question, choice: np.ndarray) -> Band:

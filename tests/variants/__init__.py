@@ -9,6 +9,7 @@ from . import (
     attention,
     attention_backward,
     balance,
+    block,
     cache,
     casts,
     decodes,
@@ -22,15 +23,19 @@ from . import (
     mla,
     mla_backward,
     mla_decode,
+    model,
     moe,
     moe_backward,
+    mtp,
     norm,
+    parts,
     quantize,
     rope,
     router,
     router_backward,
     router_softmax,
     swiglu,
+    torch_model,
 )
 from .floats import LAYOUTS, STORE
 
@@ -221,6 +226,29 @@ VARIANTS += [  # what 16 bits hold TF32 holds: operands that tensor cores take a
         for way, fn, rounded in (("forward", linear.TF32, (0,)), ("backward", linear.TF32_BACK, (0, 1)))
     ),
 ]
+WHOLE: tuple[tuple[str, Mapping[str, Callable], Mapping[str, Callable], Mapping[str, tuple[Callable, Callable]]], ...] = (
+    ("block", block.FORWARD, block.BACKWARD, block.EAGER),
+    ("mtp", mtp.FORWARD, mtp.BACKWARD, mtp.EAGER),
+    ("mtp.loss", mtp.LOSS, mtp.LOSS_BACK, mtp.LOSS_EAGER),
+    ("model", model.FORWARD, model.BACKWARD, model.EAGER),
+)
+ACTIVATIONS = {"mtp": (0, 1), "model": (0, 1)}  # of a forward, the outputs that are real; the last of any is a choice
+
+
+def _whole(op: str, direction: str) -> tuple[int, ...]:
+    """The outputs that are left to be rounded; of a backward all, and there are fewer than this."""
+    return ACTIVATIONS.get(op, (0,)) if direction == "forward" else tuple(range(40))
+
+
+for _op, _forward, _backward, _eager in WHOLE:
+    for _way, _fns in (("forward", _forward), ("backward", _backward)):
+        VARIANTS += _storing(_op, _way, _fns, _whole(_op, _way), dict.fromkeys(parts.PARTS, SINGLE))
+    VARIANTS += [
+        Variant(name, _op, way, fn, ("bf16-eager",), _whole(_op, way), stores=True)
+        for name, pair in _eager.items()
+        for way, fn in zip(("forward", "backward"), pair, strict=True)
+    ]
+VARIANTS += [Variant(name, op, way, fn, precisions, _whole(op, way)) for op, way, name, fn, precisions in torch_model.entries()]
 FAST_EXP = Variant("fast-exp", "router.noaux_tc", "forward", router.FAST, SINGLE, (1,))
 ROUNDED_FIRST = [  # for cast_order="cast_then_weight"
     Variant("cast-first", "rmsnorm", "forward", norm.forward_cast_first, ("bf16",)),
