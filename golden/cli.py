@@ -407,13 +407,22 @@ def power(
 
 
 @main.command()
+@click.option("--subject", default="kernels.cpu", show_default=True, help="kernels.cpu or kernels.gpu.")
 @click.option("--op", "names", multiple=True, help="One op (repeat for more); all that have a benchmark by default.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def bench(names: tuple[str, ...], as_json: bool) -> None:
-    """Time kernels.cpu beside its peers and the machine's limit, in one run."""
-    from . import bench as b
-
-    b.run([op_named(name) for name in names], as_json)
+@click.option("--keep", is_flag=True, help="Keep what a GPU showed, as a JSON file in golden/hardware.")
+def bench(subject: str, names: tuple[str, ...], as_json: bool, keep: bool) -> None:
+    """Time kernels.cpu, or kernels.gpu, beside its peers and the machine's limit, in one run."""
+    if subject not in ("kernels.cpu", "kernels.gpu"):
+        raise UsageError(f"--subject is {subject}; expected kernels.cpu or kernels.gpu")
+    if keep and subject != "kernels.gpu":
+        raise UsageError("--keep records a device; it goes with --subject kernels.gpu")
+    b = importlib.import_module(".bench" if subject == "kernels.cpu" else ".bench_gpu_run", __package__)
+    chosen = [op_named(name) for name in names]
+    if subject == "kernels.cpu":
+        b.run(chosen, as_json)
+    elif not b.run(chosen, as_json, keep):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
