@@ -1,25 +1,54 @@
 """One run over several processes, or the machines of a Dask cluster: the same results, whoever works on them and whatever dies."""
 
 import concurrent.futures
+import functools
 import multiprocessing
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
 from ..ref.op import OPS, Op, op_named
 from .errors import UsageError
 from .precision import precision_named
+from .tasks import subject_of
 from .vectors import Store, directions
-from .verify import DEFAULT_PRECISIONS, CaseResult, Key, Report, is_bare, verify
+from .verify import DEFAULT_PRECISIONS, TIMEOUT, CaseResult, Key, Report, is_bare, verify
 
 TRIES = 3  # of a group whose worker dies: what kills every worker is the group's own doing
 
 
-def run_group(subject: str, op: str, direction: str, precision: str, store: Path, options: Mapping[str, Any]) -> list[CaseResult]:
-    """All cases of one op, direction and precision: what decides which cases are explained stays in one place."""
-    return verify(subject, op, precision=precision, direction=direction, isolate=True, store=Store(store), **options).results
+_opened = threading.local()
+
+
+def opened(*about: Any) -> Any:
+    """The subject that this worker has asked before, or a new one in its place: loading one takes longer than most groups."""
+    if getattr(_opened, "about", None) != about:
+        if end := getattr(_opened, "end", None):
+            end()
+        _opened.about = None
+        subject = _opened.subject = subject_of(*about)
+        _opened.about, _opened.end = about, Finalize(None, subject.close, exitpriority=1)
+    return _opened.subject
+
+
+@functools.cache
+def store_in(directory: Path) -> Store:
+    return Store(directory)
+
+
+def run_group(
+    subject: str, op: str, direction: str, precision: str, store: Path, options: Mapping[str, Any], keep: bool = False
+) -> list[CaseResult]:
+    """All cases of one op, direction and precision: what decides which cases are explained stays in one place. A worker that lives no
+    longer than the run keeps its subject."""
+    own = "backward" if direction == "backward" and is_bare(subject) else "forward"
+    about = (options.get("framework"), options.get("ties"), own, True, options.get("timeout", TIMEOUT))
+    asked = opened(subject, *about) if keep else subject
+    return verify(asked, op, precision=precision, direction=direction, isolate=True, store=store_in(store), **options).results
 
 
 def groups(subject: str, ops: Sequence[Op], precisions: Sequence[str], direction: str | None) -> Iterator[tuple[str, str, str]]:
@@ -98,7 +127,9 @@ def spread(
                 op, way, p = group
                 own = {k: v for k, v in (attrs or {}).items() if names is not None or k in OPS[op].attrs}
                 mine = {k: v for k, v in (done or {}).items() if k[1:4] == group}
-                futures[group] = pool.submit(run_group, subject, op, way, p, store.directory, {**options, "attrs": own, "done": mine})
+                futures[group] = pool.submit(
+                    run_group, subject, op, way, p, store.directory, {**options, "attrs": own, "done": mine}, scheduler is None
+                )
             for group, future in futures.items():
                 try:
                     results = future.result()

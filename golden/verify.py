@@ -10,6 +10,7 @@ from ..ref.op import OPS, Case, Op, op_named
 from . import vectors
 from .band import Band, band_of, truth_of
 from .errors import Misbehaved, Refused, UsageError
+from .exec_subject import ExecSubject
 from .explain import Cases, explain, hidden
 from .judge import ERROR, FAIL, PASS, SKIPPED, Judgement, Question, Returned, judge
 from .maps import error_maps
@@ -17,9 +18,10 @@ from .precision import Precision, precision_named
 from .results import CaseResult, Key, Report, VerdictError, labelled
 from .tasks import Task, check_options, group_of, having, is_bare, parse_attr, size_of, subject_of, tasks_of, untaken
 from .vectors import Store, Vector
-from .worker import Died
+from .worker import Died, IsolatedSubject
 
 DEFAULT_PRECISIONS = ("fp32", "bf16")
+TIMEOUT = 120.0  # seconds, of a case
 EXPLAINED = 3  # failing cases of an op, direction and precision that are explained
 
 
@@ -36,7 +38,7 @@ def verify(
     framework: str | None = None,
     ties: Literal["lowest", "any"] | None = None,
     isolate: bool = False,
-    timeout: float = 120.0,
+    timeout: float = TIMEOUT,
     store: Store | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     on_result: Callable[[CaseResult], None] | None = None,
@@ -47,8 +49,8 @@ def verify(
     """Holds a subject to the cases of one op, several, or all, and returns the report.
 
     subject: a callable; a module or object with attributes named after ops; or a string as on the command line. A string can be run in a
-    process of its own (isolate=True; exec: and ctypes: always are): a crash then costs one case. Seed 0 is the stored vectors, every other
-    seed draws new inputs.
+    process of its own (isolate=True; exec: and ctypes: always are): a crash then costs one case; one that runs already may be handed over,
+    and stays open. Seed 0 is the stored vectors, every other seed draws new inputs.
     direction None means every direction that the subject has; a bare callable is a forward unless "backward" is said. cases are names or
     patterns of names, of any profile. maps=True makes an error map of every case; failing ones always have theirs.
     progress(done, total, what) is called before each case, on_result(result) after it; the cases of an earlier run (done) are neither
@@ -64,7 +66,7 @@ def verify(
         raise UsageError(f"{getattr(subject, '__name__', subject)} is one callable; name what it computes (--op)")
     own = "backward" if direction == "backward" else "forward"
     direction = own if bare else direction
-    asked = subject_of(subject, framework, ties, own, isolate, timeout)
+    asked = subject if isinstance(subject, IsolatedSubject | ExecSubject) else subject_of(subject, framework, ties, own, isolate, timeout)
     store = store or Store()
     report = Report()
     try:
@@ -91,7 +93,8 @@ def verify(
             if on_result:
                 on_result(result)
     finally:
-        asked.close()
+        if asked is not subject:
+            asked.close()
     return report
 
 
