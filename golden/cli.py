@@ -98,17 +98,18 @@ OP_COLUMNS = ["op", "backward", "vectors", "kernels", "signature"]
 def op_rows() -> Iterator[list[str]]:
     """What the op table says: name, whether it has a backward, stored vectors, which kernels there are, signature.
 
-    gpu (simulated): no GPU has run that kernel yet.
+    gpu is Numba-CUDA, cuda is CUDA C++. gpu (simulated), cuda (unrun): no GPU has run that kernel yet.
     """
     from .subject import Subject, load
 
-    stored, gpu = counted(), importlib.import_module("leadline.kernels.gpu")
-    kernels = {"cpu": load("kernels.cpu"), "gpu": Subject("kernels.gpu", gpu)}  # load would ask for a GPU
+    stored, (gpu, cuda) = counted(), (importlib.import_module(f"leadline.kernels.gpu{part}") for part in ("", ".cuda"))
+    kernels = {"cpu": load("kernels.cpu"), "gpu": Subject("kernels.gpu", gpu), "cuda": Subject("kernels.gpu.cuda", cuda)}  # needs no GPU
+    never = {"gpu": " (simulated)", "cuda": " (unrun)"}
     for op in OPS.values():
         where = []
         for name, subject in kernels.items():
             have = [d for d in directions(op) if subject.contract(op, d) is not None]
-            unrun = " (simulated)" if name == "gpu" and op.name not in gpu.RUN else ""
+            unrun = never.get(name, "") if op.name not in gpu.RUN else ""
             where += [name + unrun] if len(have) == len(directions(op)) else [f"{name} {d}{unrun}" for d in have]
         yield [op.name, "yes" if op.bwd else "·", str(stored[op.name]), ", ".join(where) or "·", op.sig]
 

@@ -56,11 +56,13 @@ def test_no_kernel_is_left_out() -> None:
 
 
 def test_the_op_table_says_what_no_gpu_has_run() -> None:
-    """`leadline ops`: "gpu (simulated)" until an op has run on a GPU."""
+    """`leadline ops`: "gpu (simulated)" and "cuda (unrun)" until an op has run on a GPU."""
     rows = {row[0]: row[3] for row in op_rows()}
     assert {name for name, kernels in rows.items() if "gpu" in kernels} == {op.name for op in HAVE}
     for op in HAVE:
-        assert rows[op.name].endswith("gpu" if op.name in gpu.RUN else "gpu (simulated)")
+        assert ("gpu" if op.name in gpu.RUN else "gpu (simulated)") in rows[op.name].split(", ")
+    assert rows["attention"] == "cpu, cuda (unrun)"  # CUDA C++ alone
+    assert rows["attention.varlen"] == "cpu"
 
 
 @needs_numba_cuda
