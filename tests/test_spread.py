@@ -53,6 +53,23 @@ def test_any_number_of_processes_gives_the_same(wrong: str) -> None:
         assert told(shared) == told(alone)
 
 
+def test_a_worker_loads_its_subject_once(tmp_path: Path) -> None:
+    """Five groups, two workers: at most two loads, and nothing of a subject is left when the run is over."""
+    log = tmp_path / "log"
+    mark = f"import os\nwith open({str(log)!r}, 'a') as file:\n    print(os.getpid(), file=file)\n"
+    (tmp_path / "wrong.py").write_text(WRONG + mark)
+    claims = ("fp32", "bf16", "fp16", "fp64", "bf16-eager")
+    asked = ("--op", "rmsnorm", "--direction", "forward", "--jobs", "2", *(a for p in claims for a in ("--precision", p)))
+    status, lines, _ = run(str(tmp_path / "wrong.py"), *asked)
+    assert status == 1
+    assert set(claims) <= {line.get("precision") for line in lines}
+    pids = [int(line) for line in log.read_text().split()]
+    assert 1 <= len(pids) <= 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 KILLER = """
 import os, signal, pathlib
 import numpy as np
