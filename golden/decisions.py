@@ -46,8 +46,6 @@ def regrets(question: Question, tensor: Tensor, choice: np.ndarray, differs: np.
     """How far the numbers behind the decision would have to move for it to be right, and the deviation that rounding gives that number.
     Only where it differs; the noise only if no place is beyond all noise (its verdict is known then)."""
     op = question.op
-    assert op.choice is not None
-    name, regret_of = op.choice
     rows = np.flatnonzero(np.any(differs.reshape(len(differs), -1), axis=1)) if tensor.dims[0] == "n" and tensor.kind == "index" else None
     inputs = {
         t.name: question.inputs[t.name][rows] if rows is not None and t.dims[0] == tensor.dims[0] else question.inputs[t.name]
@@ -56,10 +54,9 @@ def regrets(question: Question, tensor: Tensor, choice: np.ndarray, differs: np.
     chosen = choice if rows is None else choice[rows]
 
     def run(arrays: Mapping[str, Any]) -> Arrays:
-        return {"regret": regret_of(*(arrays.get(t.name) for t in op.inputs), **{name: chosen}, **question.attrs)}
+        return {"regret": _regret(question, chosen, arrays)}
 
-    with np.errstate(all="ignore"):
-        regret = np.asarray(run(carrier(inputs, np.float64))["regret"])
+    regret = _regret(question, chosen, carrier(inputs, np.float64))
     noise = np.zeros_like(regret)
     if not np.isinf(regret[differs if rows is None else slice(None)]).any():
         runs = scatter(run, inputs, question.precision, ["regret"])["regret"]
@@ -73,16 +70,23 @@ def regrets(question: Question, tensor: Tensor, choice: np.ndarray, differs: np.
     return whole
 
 
+def _regret(question: Question, choice: np.ndarray, arrays: Mapping[str, Any]) -> Any:
+    assert question.op.choice is not None
+    name, regret_of = question.op.choice
+    with np.errstate(all="ignore"):
+        return regret_of(*(arrays.get(t.name) for t in question.op.inputs), **{name: choice}, **question.attrs)
+
+
 def _ties(question: Question, tensor: Tensor, choice: np.ndarray, expected: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Where the reference's decision would be as right as the subject's, which is. It need not be where decisions follow from earlier ones
     (of layers, or of MTP modules): beside the subject's choice in one, its choice may be the only right one in the next."""
     if tensor.kind != "index" or tensor.dims[0] == "n":
         return right
-    found = np.zeros_like(right)
+    found, arrays = np.zeros_like(right), carrier(question.inputs, np.float64)
     for j in np.flatnonzero(right.reshape(len(right), -1).any(axis=1)):
         beside = choice.copy()
         beside[j] = np.where(right[j][..., None], expected[j], choice[j])
-        found[j] = right[j] & (regrets(question, tensor, beside, right)[0][j] == 0)
+        found[j] = right[j] & (_regret(question, beside, arrays)[j] == 0)
     return found
 
 
