@@ -4,7 +4,7 @@ Each is what a launcher does, checks of values left out (kernels.gpu.cuda.launch
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,19 +25,6 @@ TORCH = {
     "fp16": "float16",
 }
 KINDS = ("bfloat16", "float32")
-
-
-def handed_bits(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A quantiser of bfloat16 bits, as the vectors are handed over: on float32"""
-
-    @wraps(kernel)
-    def call(**given: Any) -> Any:
-        return kernel(**{k: cuda.bf16.bits(x) if getattr(x, "dtype", None) == np.float32 else x for k, x in given.items()})
-
-    return call
-
-
-tile_bf16, block_bf16 = handed_bits(cuda.fp8_quantize_tile), handed_bits(cuda.fp8_quantize_block)
 
 
 def casts(fmt: Format, way: str, z: Sizes) -> Iterator[Case]:
@@ -156,8 +143,8 @@ BENCHES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     **{f"{way}.{name}": partial(casts, FORMATS[name], way) for way in ("cast", "encode", "decode") for name in vars(getattr(cuda, way))},
     "fp8.dequantize_block": partial(dequantize, "fp8.dequantize_block", gpu.fp8.dequantize_block, 128),
     "fp8.dequantize_tile": partial(dequantize, "fp8.dequantize_tile", gpu.fp8.dequantize_tile, 1),
-    "fp8.quantize_block": partial(quantize, "fp8.quantize_block", cuda.fp8_quantize_block, block_bf16, 128),
-    "fp8.quantize_tile": partial(quantize, "fp8.quantize_tile", cuda.fp8_quantize_tile, tile_bf16, 1),
+    "fp8.quantize_block": partial(quantize, "fp8.quantize_block", cuda.fp8_quantize_block, cuda.bf16.fp8_quantize_block, 128),
+    "fp8.quantize_tile": partial(quantize, "fp8.quantize_tile", cuda.fp8_quantize_tile, cuda.bf16.fp8_quantize_tile, 1),
     "rmsnorm": rmsnorm,
     "rope": rope,
 }

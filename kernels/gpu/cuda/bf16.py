@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import latent, norm, permuting, prefill, routing
-from .quantize import decode, encode
+from .quantize import decode, encode, quantize_block, quantize_tile
 
 
 def bits(x: Any) -> Any:
@@ -20,8 +20,9 @@ def values(x: Any) -> Any:
     return decode.bf16(x.reshape(-1)).reshape(x.shape)
 
 
-def carried(kernel: Callable[..., Any], keep: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """The kernel with every float32 array, but those named, turned into bits on the way in, and bits into values on the way out."""
+def carried(kernel: Callable[..., Any], keep: tuple[str, ...] = (), codes: bool = False) -> Callable[..., Any]:
+    """The kernel with every float32 array, but those named, turned into bits on the way in, and bits into values on the way out. With
+    `codes` nothing is turned on the way out: the 16 bits of a code are no bfloat16."""
 
     @wraps(kernel)
     def call(**given: Any) -> Any:
@@ -29,6 +30,8 @@ def carried(kernel: Callable[..., Any], keep: tuple[str, ...] = ()) -> Callable[
             if name not in keep and getattr(x, "dtype", None) == np.float32:
                 given[name] = bits(x)
         result = kernel(**given)
+        if codes:
+            return result
         many = result if isinstance(result, tuple) else (result,)
         back = tuple(values(y) if getattr(y, "dtype", None) == np.uint16 else y for y in many)
         return back if isinstance(result, tuple) else back[0]
@@ -36,6 +39,8 @@ def carried(kernel: Callable[..., Any], keep: tuple[str, ...] = ()) -> Callable[
     return call
 
 
+fp8_quantize_tile = carried(quantize_tile, codes=True)
+fp8_quantize_block = carried(quantize_block, codes=True)
 rmsnorm = carried(norm.rmsnorm)
 rmsnorm_bwd = carried(norm.rmsnorm_bwd)
 router_noaux_tc = carried(routing.router_noaux_tc, keep=("bias",))
