@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
 from rich.console import Console
@@ -47,17 +46,6 @@ def figures_of(ceilings: Mapping[str, Ceiling], records: Iterable[Mapping[str, A
     return figures
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that take part"""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def run(ops: list[Op], as_json: bool, keep: bool) -> bool:
     """Prints every benchmark of the ops (of all, if none is named) as it comes; whether all kernels were right and ran."""
     if missing := [op.name for op in ops if op.name not in BENCHES]:
@@ -74,7 +62,7 @@ def run(ops: list[Op], as_json: bool, keep: bool) -> bool:
         if as_json:
             print(json.dumps(data), flush=True)
 
-    day, packages = datetime.now(UTC).date().isoformat(), versions()
+    day, packages = datetime.now(UTC).date().isoformat(), hardware_runs.versions(*PACKAGES)
     say(f"{clock.heading}\n{', '.join(f'{name} {version}' for name, version in packages.items())}\n{clock.method}")
     record({"device": vars(device), "date": day, "versions": packages})
     for package in absent(("torch", "triton")):

@@ -418,11 +418,15 @@ def bench(subject: str, names: tuple[str, ...], as_json: bool, keep: bool) -> No
         raise UsageError(f"--subject is {subject}; expected kernels.cpu or kernels.gpu")
     if keep and subject != "kernels.gpu":
         raise UsageError("--keep records a device; it goes with --subject kernels.gpu")
-    b = importlib.import_module(".bench" if subject == "kernels.cpu" else ".bench_gpu_run", __package__)
     chosen = [op_named(name) for name in names]
     if subject == "kernels.cpu":
-        b.run(chosen, as_json)
-    elif not b.run(chosen, as_json, keep):
+        from . import bench as cpu
+
+        cpu.run(chosen, as_json)
+        return
+    from . import bench_gpu_run as gpu
+
+    if not gpu.run(chosen, as_json, keep):
         sys.exit(1)
 
 

@@ -14,6 +14,7 @@ from .probe import Finding, Subject
 from .probe import probe as find_out
 from .probe_models import Match, match, simulated
 
+PACKAGES = ("leadline", "numpy", "cupy-cuda13x", "nvidia-cuda-nvrtc")
 INSTRUCTIONS = "leadline.kernels.gpu.cuda.accumulate"  # reached as any subject is, by its name
 
 
@@ -44,7 +45,9 @@ def accumulator(model: str | None, subject: str | None, instruction: str | None,
             console.print(line, soft_wrap=True, markup=False)
         probes.append(recorded(name, finding, matches))
     if keep:
-        run = hardware_runs.Run(hardware_runs.device(), datetime.now(UTC).date().isoformat(), versions(), (), tuple(probes))
+        run = hardware_runs.Run(
+            hardware_runs.device(), datetime.now(UTC).date().isoformat(), hardware_runs.versions(*PACKAGES), (), tuple(probes)
+        )
         console.print(f"kept in {hardware_runs.write(run)}", soft_wrap=True, markup=False)
 
 
@@ -85,15 +88,3 @@ def verdict(matches: list[Match]) -> list[str]:
 def recorded(name: str, finding: Finding, matches: list[Match]) -> hardware_runs.Probe:
     """For the file"""
     return hardware_runs.Probe(name, asdict(finding), tuple({"name": m.name, "equal": m.equal, "of": m.of} for m in matches))
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("leadline", "numpy", "cupy-cuda13x", "nvidia-cuda-nvrtc"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -3,8 +3,10 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,15 @@ def device() -> Device:
         _version(runtime.driverGetVersion()),
         _version(runtime.runtimeGetVersion()),
     )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed"""
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _version(number: int) -> str:
