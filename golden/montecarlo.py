@@ -50,11 +50,7 @@ class Noise:
         self.rng = np.random.Generator(np.random.Philox(key=seed))
 
     def key(self) -> int:
-        return int(self.rng.integers(0, 2**64, dtype=np.uint64))
-
-    def uniform(self, x: np.ndarray) -> np.ndarray:
-        """In [0,1), a function of the value and a fresh key: equal values round alike, as in a real kernel."""
-        return kernel().uniform(x, self.key())
+        return self.rng.bit_generator.random_raw()
 
     def again(self) -> "Noise":
         """Random numbers that are the same each time, but no others': the operations that follow round as they did before."""
@@ -82,9 +78,8 @@ class Noise:
     def accumulated(self, total: np.ndarray, squares: np.ndarray, n: int) -> np.ndarray:
         """A sum of n terms, added up in unknown order."""
         if n > 1:
-            half = 2.0 ** -(self.precision.accumulate.mantissa_bits + 1)
-            deviation = half * np.sqrt((n + 1) * (squares / 6 + total * total / 3) / 3) * self.amplify
-            total = total + deviation * np.sqrt(-2 * np.log1p(-self.uniform(total))) * np.cos(2 * np.pi * self.uniform(total))
+            half = self.amplify * 2.0 ** -(self.precision.accumulate.mantissa_bits + 1)
+            total = kernel().scattered(total, squares, n, half, self.key(), self.key())
         return self.rounded(total)
 
 
@@ -122,7 +117,7 @@ class NoisyArray(np.ndarray):
         return _noisy(wide.rounded(np.asarray(values, dtype=np.float64)), wide)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **keywords: Any) -> Any:
-        noise = next(i.noise for i in (*inputs, *(out or ())) if isinstance(i, NoisyArray) and i.noise is not None)
+        noise = self.noise or next(i.noise for i in (*inputs, *(out or ())) if isinstance(i, NoisyArray) and i.noise is not None)
         plain = [np.asarray(i) if isinstance(i, NoisyArray) else i for i in inputs]
         if isinstance(keywords.get("where"), NoisyArray):
             keywords["where"] = np.asarray(keywords["where"])

@@ -212,7 +212,7 @@ def _record(bug: Bug, stored: list[Vector], part: Part, rivals: Cases) -> dict[s
                 covered.update(recipes)
     found["named"] = [[e.id, n] for e, n in consolidate(explained.values(), passing, found["computed"])]
     found["explained"] = list(explained)
-    found["by_recipe"] = _by_recipe(op_named(part.op), explained)
+    found["by_recipe"] = _by_recipe(op_named(part.op), explained, passing, found["computed"])
     if part.named and not found["computed"] and not op_named(part.op).exact:  # a survivor: is it in the error all the same?
         with np.errstate(all="ignore"):
             seen = {v.case.name: [e.id for e in hidden(question, returned, v.band)] for question, returned, v in passed}
@@ -220,11 +220,14 @@ def _record(bug: Bug, stored: list[Vector], part: Part, rivals: Cases) -> dict[s
     return found
 
 
-def _by_recipe(op: Op, explained: Mapping[str, list[Explanation]]) -> dict[str, list[str]]:
-    """What a bug is taken for under each recipe."""
-    cases = {recipe: [c.name for c in op.cases if recipe in recipes_of(op, c)] for c in op.cases for recipe in recipes_of(op, c)}
-    asked = {recipe: [explained[name] for name in names if name in explained] for recipe, names in cases.items()}
-    return {recipe: [e.id for e, _ in consolidate(found)] for recipe, found in asked.items() if found}
+def _by_recipe(op: Op, explained: Mapping[str, list[Explanation]], passed: list[str], failed: list[str]) -> dict[str, list[str]]:
+    """What a bug is taken for under each recipe, from that recipe's cases alone."""
+    found = {}
+    for recipe in dict.fromkeys(recipe for c in op.cases for recipe in recipes_of(op, c)):
+        own = {c.name for c in op.cases if recipe in recipes_of(op, c)}
+        if asked := [explained[name] for name in explained if name in own]:
+            found[recipe] = [e.id for e, _ in consolidate(asked, own & {*passed}, own & {*failed})]
+    return found
 
 
 def outputs_of(bug: Bug, v: Vector, noise: Noise | None = None) -> Arrays | None:

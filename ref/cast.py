@@ -6,7 +6,7 @@ from array_api_compat import device
 
 from .formats import CASTS, FP32, FP64, Format
 from .op import Case, Op, declare, signature
-from .xp import Array, floor_log2, power_of_two, xp_of
+from .xp import Array, clip, floor_log2, power_of_two, xp_of
 
 Overflow = Literal["saturate", "nan"]
 Rounding = Literal["half-even", "half-away", "half-zero", "zero", "stochastic"]
@@ -19,10 +19,10 @@ def quotient(fmt: Format, x: Array, rounding: Rounding = "half-even", random: Ar
     from float32 and from float64 alike.
     """
     xp = xp_of(x)
-    exponent = xp.clip(floor_log2(xp, xp.abs(x)), fmt.emin, None)
+    exponent = clip(floor_log2(xp, xp.abs(x)), fmt.emin, None)
     unit = power_of_two(xp, exponent - fmt.mantissa_bits, x.dtype, device(x))
     q = rounded(xp.abs(x) / unit, rounding, random)
-    return q if fmt.signed else xp.clip(q, 1, None), unit, exponent - fmt.emin
+    return q if fmt.signed else clip(q, 1, None), unit, exponent - fmt.emin
 
 
 def rounded(q: Array, rounding: Rounding, random: Array | None = None) -> Array:
@@ -57,7 +57,7 @@ def round_to(fmt: Format, x: Array, *, overflow: Overflow = "nan", rounding: Rou
 def encode(fmt: Format, x: Array, *, overflow: Overflow = "nan", rounding: Rounding = "half-even", random: Array | None = None) -> Array:
     """The bit pattern of round_to(fmt, x). NaN becomes the positive quiet NaN; a format without NaN has no place for it."""
     xp = xp_of(x)
-    finite = xp.where(xp.isnan(x), xp.zeros_like(x), xp.clip(x, -xp.finfo(x.dtype).max, xp.finfo(x.dtype).max))
+    finite = xp.where(xp.isnan(x), xp.zeros_like(x), clip(x, -xp.finfo(x.dtype).max, xp.finfo(x.dtype).max))
     q, _, steps = quotient(fmt, finite, rounding, random)
     # q counts units from zero: a carry out of the mantissa moves into the exponent field by itself. Without a zero it counts from 1.
     code = steps * 2**fmt.mantissa_bits + xp.astype(q, xp.int64) - int(not fmt.signed)
@@ -84,7 +84,7 @@ def decode(fmt: Format, codes: Array) -> Array:
     field, mantissa = magnitude // 2**fmt.mantissa_bits, magnitude % 2**fmt.mantissa_bits
     hidden = field > 0 if fmt.signed else field >= 0
     units = mantissa + xp.where(hidden, xp.full_like(field, 2**fmt.mantissa_bits), xp.zeros_like(field))
-    steps = xp.clip(field, 1, None) - 1 if fmt.signed else field
+    steps = clip(field, 1, None) - 1 if fmt.signed else field
     unit = power_of_two(xp, steps + fmt.emin - fmt.mantissa_bits, xp.float32, device(codes))
     x = xp.astype(xp.where(magnitude > fmt.max_code, xp.zeros_like(units), units), xp.float32) * unit
     special = xp.where(magnitude == (fmt.inf_code or -1), xp.full_like(x, float("inf")), xp.full_like(x, float("nan")))

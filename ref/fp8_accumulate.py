@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from array_api_compat import device
 
 from .formats import Format
-from .xp import Array, floor_log2, power_of_two, xp_of
+from .xp import Array, clip, floor_log2, power_of_two, xp_of
 
 AT_ONCE = 2**21  # products that are held at a time
 ZERO = -1000  # the exponent of a zero: below all others
@@ -42,7 +42,7 @@ def exponents(values: Array, emin: int) -> Array:
     xp = xp_of(values)
     magnitude = xp.abs(values)
     known = xp.where(xp.isfinite(magnitude), magnitude, xp.zeros_like(magnitude))
-    e = xp.clip(floor_log2(xp, known), emin, None)
+    e = clip(floor_log2(xp, known), emin, None)
     return xp.where(known > 0, e, xp.full_like(e, ZERO))
 
 
@@ -72,9 +72,9 @@ def fused_dot(a: Array, b: Array, fmt: Format, how: Accumulator, start: Array | 
 def truncated_sum(product: Array, c: Array, e: Array, how: Accumulator) -> Array:
     """One step of the accumulator: [n,o]"""
     xp, dev = xp_of(c), device(c)
-    e = xp.clip(e, -200, None)  # all zero: any unit does
+    e = clip(e, -200, None)  # all zero: any unit does
     scale = power_of_two(xp, how.fraction - e, xp.float64, dev)
     total = xp.sum(xp.trunc(product * scale[:, :, None]), axis=2) + xp.trunc(c * scale)
     total = total * power_of_two(xp, e - how.fraction, xp.float64, dev)
-    unit = power_of_two(xp, xp.clip(floor_log2(xp, xp.abs(total)), -126, 127) - how.kept, xp.float64, dev)
+    unit = power_of_two(xp, clip(floor_log2(xp, xp.abs(total)), -126, 127) - how.kept, xp.float64, dev)
     return xp.where(xp.isfinite(total), xp.trunc(total / unit) * unit, total) + 0.0

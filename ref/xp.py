@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace, device, is_numpy_namespace
 
 Array = Any  # a NumPy, CuPy, torch or JAX array; their common type has no name
 
@@ -18,16 +18,26 @@ def xp_of(*arrays: Array) -> Any:
 
 @cache
 def powers(low: int, high: int) -> list[float]:
-    """Numbers, not an array: one that was made while a framework traced must not outlive the trace."""
     return [2.0**k for k in range(low, high + 1)]
+
+
+@cache
+def kept_powers(xp: Any, dtype: Any) -> Array:
+    return xp.asarray(powers(*exponent_range(xp, dtype)), dtype=dtype)
+
+
+def table_of(xp: Any, dtype: Any, dev: Any) -> Array:
+    """All powers of two of the dtype, ascending. NumPy's are made once; what is made while a framework traces must not be kept."""
+    if is_numpy_namespace(xp):
+        return kept_powers(xp, dtype)
+    return xp.asarray(powers(*exponent_range(xp, dtype)), dtype=dtype, device=dev)
 
 
 def power_of_two(xp: Any, exponent: Array, dtype: Any, dev: Any) -> Array:
     """2^exponent, exact, for integer exponents that the dtype can hold. Gathered, since exp2 need not be exact."""
     low, high = exponent_range(xp, dtype)
-    table = xp.asarray(powers(low, high), dtype=dtype, device=dev)
-    index = xp.clip(exponent - low, 0, high - low)
-    return xp.reshape(xp.take(table, xp.reshape(index, (-1,))), exponent.shape)
+    index = clip(exponent - low, 0, high - low)
+    return xp.reshape(xp.take(table_of(xp, dtype, dev), xp.reshape(index, (-1,))), exponent.shape)
 
 
 def floor_log2(xp: Any, magnitude: Array) -> Array:
@@ -35,10 +45,10 @@ def floor_log2(xp: Any, magnitude: Array) -> Array:
 
     A search in the table of powers: log2 in floating point is wrong next to a power of two.
     """
-    low, high = exponent_range(xp, magnitude.dtype)
-    table = xp.asarray(powers(low, high), dtype=magnitude.dtype, device=device(magnitude))
+    low, _ = exponent_range(xp, magnitude.dtype)
+    table = table_of(xp, magnitude.dtype, device(magnitude))
     position = xp.searchsorted(table, xp.reshape(magnitude, (-1,)), side="right")
-    return xp.reshape(xp.clip(xp.astype(position, xp.int64) - 1, -1, high - low) + low, magnitude.shape)
+    return xp.reshape(xp.astype(position, xp.int64) - 1 + low, magnitude.shape)
 
 
 def exponent_range(xp: Any, dtype: Any) -> tuple[int, int]:

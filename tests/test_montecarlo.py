@@ -100,6 +100,33 @@ def test_the_fast_rounding_is_the_slow_one(name: str) -> None:
             assert not np.array_equal(other, fast, equal_nan=True) or (name == "fp64" and np.ndim(extra) == 0 and extra == 0)
 
 
+def scattered_slowly(total: np.ndarray, squares: np.ndarray, n: int, half: float, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
+    """kernels.cpu's noise of sums, with whole arrays: the sums, and how far each has been moved at most"""
+    deviation = half * np.sqrt((n + 1) * (squares / 6 + total * total / 3) / 3)
+    radius = np.sqrt(-2 * np.log1p(-kernel.uniform(total, first)))
+    return total + deviation * radius * np.cos(2 * np.pi * kernel.uniform(total, second)), deviation * radius
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 50, 7)])
+def test_the_fast_noise_of_sums_is_the_slow_one(shape: tuple[int, ...]) -> None:
+    """Within the last places that two libraries' logarithms and cosines differ by: sums of both signs, zero among them, infinities, NaN."""
+    rng = np.random.default_rng(1)
+    total, squares = rng.normal(size=shape), rng.uniform(0, 9, shape)
+    if total.size > 5:
+        total.flat[:5], squares.flat[:5] = (0.0, -0.0, np.inf, -np.inf, np.nan), (0.0, 4.0, np.inf, np.inf, np.nan)
+    asked = (20, 2.0**-12, 3**40, 5**27)
+    with np.errstate(invalid="ignore"):
+        expected, moved = scattered_slowly(total, squares, *asked)
+        room = 2.0**-50 * (np.abs(total) + moved)
+        fast = kernel.scattered(total, squares, *asked)
+        sure = np.isfinite(total)
+        assert fast.shape == shape
+        assert np.array_equal(np.isfinite(fast), sure)
+        assert np.all(np.abs(fast - expected)[sure] <= room[sure])
+        for wrong in ((19, *asked[1:]), (20, 2.0**-11, *asked[2:]), (20, 2.0**-12, 5**27, 3**40)):
+            assert not total.size or np.any(np.abs(kernel.scattered(total, squares, *wrong) - expected)[sure] > room[sure])
+
+
 def test_uniform_numbers_are_the_published_generators() -> None:
     """SplitMix64 (Steele, Lea and Flood 2014) of state 0, 1, 2 additions of its constant on: its first published numbers of seed 0."""
     golden = 0x9E3779B97F4A7C15

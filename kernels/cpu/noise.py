@@ -1,6 +1,7 @@
-"""Stochastic rounding, and the uniform numbers behind it: the hottest loop of Monte-Carlo arithmetic (golden/montecarlo.py).
+"""Stochastic rounding, the noise of sums, and the uniform numbers behind both: the hot loops of Monte-Carlo arithmetic.
 
-The numbers are functions of the value and a key, not a stream: equal values round alike, as in a real kernel.
+The numbers are functions of the value and a key, not a stream: equal values round alike, as in a real kernel. Used by
+golden/montecarlo.py, where the noise is derived.
 """
 
 import math
@@ -29,7 +30,8 @@ def _uniforms(bits: Array, key: Any, out: Array) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _round(x: Array, bits: Array, extra: Array, keys: Array, emin: int, mantissa_bits: int, out: Array) -> None:
+def _round(x: Array, extra: Array, key: Any, extra_key: Any, emin: int, mantissa_bits: int, out: Array) -> None:
+    bits = x.view(np.uint64)
     for i in range(x.size):
         if x[i] == 0.0 or not math.isfinite(x[i]):
             out[i] = x[i]
@@ -37,9 +39,21 @@ def _round(x: Array, bits: Array, extra: Array, keys: Array, emin: int, mantissa
         exponent = max(int((bits[i] >> np.uint64(52)) & np.uint64(0x7FF)) - 1023, emin) - mantissa_bits
         units = math.ldexp(x[i], -exponent)
         if extra.size:
-            units += extra[i if extra.size > 1 else 0] * (2 * _uniform(bits[i], keys[1]) - 1)
+            units += extra[i if extra.size > 1 else 0] * (2 * _uniform(bits[i], extra_key) - 1)
         floor = np.floor(units)
-        out[i] = math.ldexp(floor + (_uniform(bits[i], keys[0]) < units - floor), exponent)
+        out[i] = math.ldexp(floor + (_uniform(bits[i], key) < units - floor), exponent)
+
+
+@njit(cache=True, nogil=True)
+def _scatter(total: Array, squares: Array, n: int, half: float, first: Any, second: Any, out: Array) -> None:
+    bits = total.view(np.uint64)
+    for i in range(total.size):
+        deviation = half * math.sqrt((n + 1) * (squares[i] / 6 + total[i] * total[i] / 3) / 3)
+        radius = math.sqrt(-2 * math.log1p(-_uniform(bits[i], first)))
+        out[i] = total[i] + deviation * radius * math.cos(2 * math.pi * _uniform(bits[i], second))
+
+
+NONE = np.empty(0)
 
 
 def uniform(x: Array, key: int) -> Array:
@@ -57,9 +71,21 @@ def rounded(x: Array, key: int, emin: int, mantissa_bits: int, extra: Array | fl
     of x's shape. Zeros, infinities and NaNs stay as they are.
     """
     x = np.asarray(x, dtype=np.float64, order="C")
-    more = np.asarray(extra, dtype=np.float64)
-    more = np.ascontiguousarray(np.broadcast_to(more, x.shape)).reshape(-1) if more.ndim else more.reshape(-1)[: int(more != 0)]
-    out, flat = np.empty_like(x), x.reshape(-1)
-    keys = np.array([key, extra_key], dtype=np.uint64)
-    _round(flat, flat.view(np.uint64), more, keys, emin, mantissa_bits, out.reshape(-1))
+    if isinstance(extra, np.ndarray) and extra.ndim:
+        more = np.ascontiguousarray(np.broadcast_to(extra, x.shape), dtype=np.float64).reshape(-1)
+    else:
+        more = np.full(1, extra, dtype=np.float64) if extra else NONE
+    out = np.empty_like(x)
+    _round(x.reshape(-1), more, np.uint64(key), np.uint64(extra_key), emin, mantissa_bits, out.reshape(-1))
+    return out
+
+
+def scattered(total: Array, squares: Array, n: int, half: float, first: int, second: int) -> Array:
+    """y[i] = t + half √((n+1)(q/6 + t²/3)/3) g,   g = √(-2 ln(1 - uniform(t, first))) cos(2π uniform(t, second)), a normal number
+
+    t = total[i] is a sum of n terms, q = squares[i] that of their squares, and half is half a unit of the accumulator, relative.
+    """
+    total, squares = (np.asarray(x, dtype=np.float64, order="C") for x in (total, squares))
+    out = np.empty_like(total)
+    _scatter(total.reshape(-1), squares.reshape(-1), n, half, np.uint64(first), np.uint64(second), out.reshape(-1))
     return out
