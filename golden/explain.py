@@ -57,12 +57,8 @@ def explain(
     wrong = [Explanation(f"intermediate {name}", text, kind="intermediate") for name, text in first_wrong(question, outputs, more, band)]
     if any(band.truth[name].shape != r.values.shape for name, r in outputs.items()):
         return [Explanation(p.id, p.text, kind="fingerprint") for p in fingerprints(question, outputs, band)] + wrong
-    found = []
-    if question.op.choice and not question.any_tie and question.op.outputs[0].kind == "index":
-        relaxed = replace(question, any_tie=True)
-        if within(relaxed, outputs, band):
-            text = "Only the winners of exact ties differ; the lowest index wins."
-            found.append(Explanation("ties", text, "--ties any if yours are open", "ties"))
+    ties = _ties(question, outputs, band)
+    found = ties if question.direction == "forward" else []
     matched = Filter(question, outputs, band)
     usable = matched if matched.usable else None
     known = list(candidates(question))
@@ -73,7 +69,7 @@ def explain(
     told = [_measured(c, usable) for c in fitting]
     if cases is not None and len(told) > 1:
         told = [replace(e, fails=cases.failed_by(c)) for e, c in zip(told, fitting, strict=True)]
-    found += told
+    found = found + told or ties  # a backward that need not follow an open tie may do anything there: what is known goes before
     if usable is not None and not found:
         found = _estimated(usable) or _paired(usable, known)
     if found:
@@ -81,6 +77,15 @@ def explain(
     prints = [(np.isfinite(p.left), Explanation(p.id, p.text, kind="fingerprint")) for p in fingerprints(question, outputs, band)]
     whole, place = ([e for telling, e in prints if telling == which] for which in (True, False))
     return [*whole, *_coarser(question, outputs), *place, *wrong]
+
+
+def _ties(question: Question, returned: Mapping[str, Returned], band: Band) -> list[Explanation]:
+    """Whether it is right where the winners of exact ties are left open."""
+    if not question.op.choice or question.any_tie or question.op.outputs[0].kind != "index":
+        return []
+    text = "Only the winners of exact ties differ; the lowest index wins."
+    right = within(replace(question, any_tie=True), returned, band)
+    return [Explanation("ties", text, "--ties any if yours are open", "ties")] if right else []
 
 
 def hidden(question: Question, returned: Mapping[str, Returned], band: Band) -> list[Explanation]:

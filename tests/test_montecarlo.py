@@ -121,7 +121,7 @@ def test_the_fast_noise_of_sums_is_the_slow_one(shape: tuple[int, ...]) -> None:
         fast = kernel.scattered(total, squares, *asked)
         sure = np.isfinite(total)
         assert fast.shape == shape
-        assert np.array_equal(np.isfinite(fast), sure)
+        assert np.array_equal(fast[~sure], total[~sure], equal_nan=True)
         assert np.all(np.abs(fast - expected)[sure] <= room[sure])
         for wrong in ((19, *asked[1:]), (20, 2.0**-11, *asked[2:]), (20, 2.0**-12, 5**27, 3**40)):
             assert not total.size or np.any(np.abs(kernel.scattered(total, squares, *wrong) - expected)[sure] > room[sure])

@@ -48,6 +48,9 @@ def _round(x: Array, extra: Array, key: Any, extra_key: Any, emin: int, mantissa
 def _scatter(total: Array, squares: Array, n: int, half: float, first: Any, second: Any, out: Array) -> None:
     bits = total.view(np.uint64)
     for i in range(total.size):
+        if not math.isfinite(total[i]):  # an overflow has no noise
+            out[i] = total[i]
+            continue
         deviation = half * math.sqrt((n + 1) * (squares[i] / 6 + total[i] * total[i] / 3) / 3)
         radius = math.sqrt(-2 * math.log1p(-_uniform(bits[i], first)))
         out[i] = total[i] + deviation * radius * math.cos(2 * math.pi * _uniform(bits[i], second))
@@ -84,6 +87,7 @@ def scattered(total: Array, squares: Array, n: int, half: float, first: int, sec
     """y[i] = t + half √((n+1)(q/6 + t²/3)/3) g,   g = √(-2 ln(1 - uniform(t, first))) cos(2π uniform(t, second)), a normal number
 
     t = total[i] is a sum of n terms, q = squares[i] that of their squares, and half is half a unit of the accumulator, relative.
+    Infinities and NaNs stay as they are.
     """
     total, squares = (np.asarray(x, dtype=np.float64, order="C") for x in (total, squares))
     out = np.empty_like(total)
