@@ -29,11 +29,12 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass
 class Band:
-    """Truth, σ and limits by output name. Exact outputs have a truth only."""
+    """Truth, σ and limits by output name. Exact outputs have a truth only. `decided`: the bands for other decisions, by their bytes."""
 
     truth: Arrays
     sigma: Arrays = field(default_factory=dict)
     limits: dict[str, dict[str, float]] = field(default_factory=dict)
+    decided: dict[bytes, "Band"] = field(default_factory=dict, repr=False, compare=False)
 
 
 def reach(floor: np.ndarray, sigma: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ def judge_choice(question: Question, values: Arrays, band: Band, judgement: Judg
     differs = np.any(np.sort(got, -1) != np.sort(expected, -1), axis=-1) if tensor.kind == "index" else ~same(got, expected)
     if not differs.any():
         order = tensor.kind == "index" and not np.array_equal(got, expected)
-        return _band(question, got) if order else band
+        return _band(question, got, band) if order else band
     possible = choosable(got, question) if tensor.kind == "index" else np.ones(got.shape, dtype=bool)
     legal = np.where(possible[..., None], got, expected) if tensor.kind == "index" else got
     regret, noise = regrets(question, tensor, legal, differs)
@@ -38,8 +38,8 @@ def judge_choice(question: Question, values: Arrays, band: Band, judgement: Judg
         judgement.fail(_describe_choice(name, at, got, expected, float(regret[at]), float(noise[at]), bool(tie[at]), count, differs.size))
     if tensor.kind == "index":
         legal = np.where((accepted | ~differs)[..., None], legal, expected)
-        return _band(question, legal)
-    return _band(question, np.where(accepted, got, expected))
+        return _band(question, legal, band)
+    return _band(question, np.where(accepted, got, expected), band)
 
 
 def regrets(question: Question, tensor: Tensor, choice: np.ndarray, differs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -90,8 +90,12 @@ def _ties(question: Question, tensor: Tensor, choice: np.ndarray, expected: np.n
     return found
 
 
-def _band(question: Question, choice: np.ndarray) -> Band:
-    return band_of(question.op, question.direction, question.inputs, question.attrs, question.precision, choice)
+def _band(question: Question, choice: np.ndarray, own: Band) -> Band:
+    """The band for this decision, kept beside the one for the reference's own: subjects that decide otherwise often decide alike."""
+    key = choice.tobytes()
+    if key not in own.decided:
+        own.decided[key] = band_of(question.op, question.direction, question.inputs, question.attrs, question.precision, choice)
+    return own.decided[key]
 
 
 def choosable(idx: np.ndarray, question: Question) -> np.ndarray:

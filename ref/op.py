@@ -137,19 +137,30 @@ def bind(op: str, tensors: tuple[Tensor, ...], arrays: Mapping[str, Array]) -> d
 def check_dtype(op: str, tensor: Tensor, array: Array) -> None:
     xp = xp_of(array)
     kind = {"code": "unsigned integer", "index": "integral"}.get(tensor.kind, "real floating")
-    if not xp.isdtype(array.dtype, kind):
+    if not is_kind(xp, array.dtype, kind):
         raise ValueError(f"{op}: {tensor.name} is {array.dtype}; expected a {kind} dtype")
 
 
+@functools.cache
+def is_kind(xp: Any, dtype: Any, kind: str) -> bool:
+    return xp.isdtype(dtype, kind)
+
+
+@functools.cache
+def allowed(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
+    """What an attribute is declared as: its type, whether None stands for none, and the values if there are but some."""
+    optional = get_origin(annotation) is UnionType
+    expected = next(kind for kind in get_args(annotation) if kind is not NoneType) if optional else annotation
+    return expected, optional, get_args(expected) if get_origin(expected) is Literal else ()
+
+
 def check_attr(op: str, parameter: inspect.Parameter, value: Any) -> None:
-    expected = parameter.annotation
-    if get_origin(expected) is UnionType:  # a number, or None for none
-        if value is None:
-            return
-        expected = next(kind for kind in get_args(expected) if kind is not NoneType)
-    if get_origin(expected) is Literal:
-        if value not in get_args(expected) or type(value) not in {type(a) for a in get_args(expected)}:
-            raise ValueError(f"{op}: {parameter.name} is {value!r}; expected one of {', '.join(map(str, get_args(expected)))}")
+    expected, optional, values = allowed(parameter.annotation)
+    if optional and value is None:
+        return
+    if values:
+        if value not in values or type(value) not in {type(a) for a in values}:
+            raise ValueError(f"{op}: {parameter.name} is {value!r}; expected one of {', '.join(map(str, values))}")
     elif expected in KIND_OF_NUMBER:
         fits = isinstance(value, KIND_OF_NUMBER[expected]) and (expected is bool or not isinstance(value, bool))
         if not fits or (expected is float and not math.isfinite(value)):
