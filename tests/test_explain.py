@@ -301,3 +301,25 @@ def test_a_candidate_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.id == "yarn-ignored"
     assert len(asked) == len(set(asked)) > 10
     assert 0 < len(bands) < len(asked) / 2
+
+
+def test_a_band_for_another_decision_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two subjects that give the experts in the same other order are held to one band; one that permutes them otherwise, to its own."""
+    module, made = importlib.import_module("leadline.golden.decisions"), []
+    original = module.band_of
+    monkeypatch.setattr(module, "band_of", lambda *given: made.append(given[-1]) or original(*given))
+    op = OPS["router.noaux_tc"]
+    v = make(op, next(c for c in op.cases if c.name == "v3"), "forward", PRECISIONS["fp32"])
+    question = Question(op, "forward", v.inputs, v.case.attrs, v.precision)
+
+    def verdict(order: Any, weights: Any) -> str:
+        truth = {**v.band.truth, "topk_idx": v.band.truth["topk_idx"][:, order], "topk_weight": v.band.truth["topk_weight"][:, weights]}
+        return judge(question, as_returned(question, truth), v.band).verdict
+
+    as_they_are, reversed_, rotated = slice(None), slice(None, None, -1), np.r_[1 : v.band.truth["topk_idx"].shape[1], 0]
+    assert verdict(as_they_are, as_they_are) == PASS
+    assert not made
+    assert [verdict(reversed_, reversed_), verdict(reversed_, reversed_), verdict(reversed_, as_they_are)] == [PASS, PASS, FAIL]
+    assert len(made) == 1
+    assert verdict(rotated, rotated) == PASS
+    assert len(made) == 2
