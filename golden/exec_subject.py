@@ -14,7 +14,8 @@ when its standard input ends, the program ends. Protocol leadline.exec/1:
             "inputs": ["x", "weight"]                                     all; optional inputs, and a backward's choice, may be missing
     {"command": "run", "op": "rmsnorm", "direction": "forward", "precision": "bf16", "attrs": {"eps": 1e-06},
      "inputs": "/tmp/…/inputs.safetensors", "outputs": "/tmp/…/outputs.safetensors"}
-        {"ok": true}                                                      the outputs are written, by name
+        {"ok": true}                                                      the outputs are written, by name, and the reference's named
+                                                                          intermediates if it likes (leadline ops show rmsnorm)
         {"ok": false, "kind": "refused", "error": "why"}                  it does not do this: SKIPPED. Kind "failed": ERROR
     {"command": "stop"}
         no answer is needed
@@ -39,6 +40,7 @@ import numpy as np
 from ..ref.op import Op, Tensor
 from .described import parse
 from .errors import Misbehaved, Refused, UsageError
+from .intermediates import more_of
 from .judge import Returned
 from .precision import Precision
 from .program import Program, shown
@@ -138,7 +140,7 @@ class ExecSubject:
                 outputs=str(written),
             )
             if answer["ok"]:
-                return read_outputs(written, outputs)
+                return read_outputs(written, outputs, op.name)
         if answer.get("kind") == "refused":
             raise Refused(_error(answer))
         raise RuntimeError(_error(answer))
@@ -171,8 +173,10 @@ class ExecSubject:
             self._folder.cleanup()
 
 
-def read_outputs(path: Path, outputs: tuple[Tensor, ...]) -> dict[str, Returned]:
-    """The outputs in a file that a stranger wrote, from a copy: it may change yet, and a map of a file that shrinks is death."""
+def read_outputs(path: Path, outputs: tuple[Tensor, ...], op: str) -> dict[str, Returned]:
+    """The outputs, and intermediates, in a file that a stranger wrote, from a copy: it may change yet, and a map of a file that shrinks is
+    death."""
+    kinds = {t.name: t.kind for t in outputs}
     with tempfile.TemporaryDirectory(prefix="leadline-") as folder:
         copy = Path(folder) / path.name
         _copy(path, copy)
@@ -180,7 +184,8 @@ def read_outputs(path: Path, outputs: tuple[Tensor, ...]) -> dict[str, Returned]
             with Reader(copy) as file:
                 if missing := [t.name for t in outputs if t.name not in file]:
                     raise Misbehaved(f"{path.name} has {plain(', '.join(file.keys()), 100) or 'nothing'}; {', '.join(missing)} is missing")
-                return {t.name: unpack(file.entry(t.name).dtype, np.array(file.array(t.name)), t.kind) for t in outputs}
+                names = [*kinds, *more_of(op, file.keys(), kinds)]
+                return {name: unpack(file.entry(name).dtype, np.array(file.array(name)), kinds.get(name, "real")) for name in names}
         except ValueError as error:
             raise Misbehaved(plain(str(error).replace(str(copy), path.name))) from error
 

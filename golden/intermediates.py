@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ from ..ref.op import OPS, Tensor
 from ..ref.xp import recording
 from .band import Band, carrier, scatter, spread_of
 from .draw import draw_case
+from .errors import Misbehaved
 from .judge import FAIL, Judgement, Question, Returned, judge, judge_array
 from .precision import PRECISIONS
+from .wire import plain
 
 Two = tuple[dict[str, Returned], dict[str, Returned]]
 
@@ -29,6 +31,16 @@ def names_of(op: str) -> tuple[str, ...]:
             break
     outputs = {t.name for t in declared.outputs}
     return tuple(dict.fromkeys(name for names in sorted(seen, key=len, reverse=True) for name in names if name not in outputs))
+
+
+def more_of(op: str, names: Iterable[str], outputs: Collection[str]) -> list[str]:
+    """Of what a subject returned, the intermediates, in its order; Misbehaved if there is what the reference does not name."""
+    more = [name for name in names if name not in outputs]
+    known = names_of(op) if more else ()  # runs the reference
+    if unknown := [str(name) for name in more if name not in known]:
+        also = f" and, if it likes, {', '.join(known)}" if known else " alone"
+        raise Misbehaved(f"returned {plain(', '.join(unknown), 100)}; expected {', '.join(outputs)}{also}")
+    return more
 
 
 def beside(question: Question, returned: Mapping[str, Returned]) -> Two:

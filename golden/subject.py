@@ -151,13 +151,11 @@ def _by_name(result: Any, op: Op, outputs: tuple[Tensor, ...]) -> dict[str, Retu
     if isinstance(result, Mapping):
         if missing := [n for n in names if n not in result]:
             raise Misbehaved(f"returned {', '.join(map(str, result)) or 'nothing'}; {', '.join(missing)} is missing")
-        if more := [n for n in result if n not in kinds and result[n] is not None]:
-            from .intermediates import names_of  # runs the reference
+        more = [n for n in result if n not in kinds and result[n] is not None]
+        if more:
+            from .intermediates import more_of  # what most subjects have no need of
 
-            known = names_of(op.name)
-            if unknown := [str(n) for n in more if n not in known]:
-                also = f" and, if it likes, {', '.join(known)}" if known else " alone"
-                raise Misbehaved(f"returned {', '.join(unknown)}; expected {', '.join(names)}{also}")
+            more = more_of(op.name, more, names)
         names += more
         values = [result[n] for n in names]
     else:

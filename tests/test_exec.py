@@ -233,6 +233,11 @@ DEEDS = {
     "an unknown dtype": ("put(outputs, header(shape, data, dtype='F33'), data)", "FAIL", "has dtype 'F33'"),
     "parts of bytes": ("put(outputs, header((5, 4096), data, dtype='F4'), data)", "FAIL", "has dtype F4"),
     "another name": ("put(outputs, {'z': header(shape, data)['y']}, data)", "FAIL", "outputs.safetensors has z; y is missing"),
+    "an array of no known name beside it": (
+        "y, n = header(shape, data)['y'], len(data); put(outputs, {'y': y, 'rstd': {**y, 'data_offsets': [n, 2 * n]}}, data * 2)",
+        "FAIL",
+        "returned rstd; expected y alone",
+    ),
     "another dtype": ("put(outputs, header((5, 256), data, dtype='F64'), data)", "FAIL", "y has shape (5, 256); expected (5, 512)"),
     "integers": ("put(outputs, header(shape, data, dtype='I32'), data)", "FAIL", "y is int32; expected float32"),
     "numbers that are wrong": ("put(outputs, header(shape, data), data[4:] + data[:4])", "FAIL", "y is off by"),
@@ -252,6 +257,51 @@ def test_a_misdeed_costs_its_case_and_no_other(name: str, program: Any, temporar
     assert result.reason.isprintable()
     assert len(result.reason) < 400
     assert str(temporary) not in result.reason
+
+
+# The router's own text, its scores beside its outputs; `wrong` of them are off by a thousandth.
+ROUTER = """
+import json, sys
+import numpy as np
+from leadline.golden.safetensor_file import Reader, Writer
+from leadline.ref import OPS
+from leadline.ref.xp import recording
+
+op = OPS["router.noaux_tc"]
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["command"] == "describe":
+        print(json.dumps({{"ops": {{op.name: {{"attrs": list(op.attrs)}}}}}}), flush=True)
+        continue
+    if asked["command"] == "run":
+        with Reader(asked["inputs"]) as file:
+            arrays = {{name: np.array(file.array(name)) for name in file.keys()}}
+        with recording() as shown:
+            shown |= op.run("forward", arrays, asked["attrs"])
+        shown = {{name: np.ascontiguousarray(x * np.float32(1.001) if name in {wrong} else x) for name, x in shown.items()}}
+        dtypes = {{name: {{"f": "F32", "i": "I"}}[x.dtype.kind] for name, x in shown.items()}}
+        dtypes = {{name: f"I{{8 * shown[name].itemsize}}" if d == "I" else d for name, d in dtypes.items()}}
+        with Writer(asked["outputs"], [(name, dtypes[name], x.shape) for name, x in shown.items()]) as file:
+            for name, x in shown.items():
+                file.write(name, x)
+    print('{{"ok": true}}', flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [(["scores", "topk_weight"], "scores is the first that is wrong"), (["topk_weight"], "look at what comes after scores")],
+)
+def test_what_a_program_writes_beside_its_outputs_says_where_it_goes_wrong(wrong: list[str], words: str, tmp_path: Path) -> None:
+    """As of a Python subject: the first intermediate that is wrong, or that the error is after them."""
+    path = tmp_path / "router.py"
+    path.write_text(ROUTER.format(wrong=wrong))
+    report = verify(f"exec:{sys.executable} {path}", op="router.noaux_tc", precision="fp32", direction="forward")
+    failed = [r for r in report.results if r.verdict == "FAIL"]
+    assert len(failed) == len(report.results)
+    told = [e.text for r in failed for e in r.explanations if e.kind == "intermediate"]
+    assert len(told) >= 3
+    assert all(words in text for text in told)
 
 
 # What is no misdeed: the case passes, too, and nothing is left behind.
