@@ -29,11 +29,13 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass
 class Band:
-    """Truth, σ and limits by output name. Exact outputs have a truth only. `decided`: the bands for other decisions, by their bytes."""
+    """Truth, σ and limits by output name, from so many runs. Exact outputs have a truth only. `decided`: the bands for other decisions, by
+    their bytes."""
 
     truth: Arrays
     sigma: Arrays = field(default_factory=dict)
     limits: dict[str, dict[str, float]] = field(default_factory=dict)
+    runs: int = RUNS
     decided: dict[bytes, "Band"] = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -121,14 +123,16 @@ def limits_of(errors: np.ndarray, raw: np.ndarray, floor: np.ndarray, truth: np.
 Run = Callable[[Mapping[str, Any]], Arrays]
 
 
-def scatter(run: Run, inputs: Arrays, precision: Precision, names: list[str], amplify: float = 1.0) -> dict[str, np.ndarray]:
-    """The outputs of RUNS Monte-Carlo runs, stacked: [runs, …]"""
-    runs = []
-    for seed in range(RUNS):
+def scatter(
+    run: Run, inputs: Arrays, precision: Precision, names: list[str], amplify: float = 1.0, runs: int = RUNS
+) -> dict[str, np.ndarray]:
+    """The outputs of Monte-Carlo runs, stacked: [runs, …]"""
+    found = []
+    for seed in range(runs):
         with np.errstate(all="ignore"):
             outputs = run(noisy_inputs(inputs, Noise(precision, seed, amplify)))
-        runs.append({name: np.asarray(outputs[name]) for name in names})
-    return {name: np.stack([r[name] for r in runs]) for name in names}
+        found.append({name: np.asarray(outputs[name]) for name in names})
+    return {name: np.stack([one[name] for one in found]) for name in names}
 
 
 def reference_run(op: Op, direction: str, attrs: Mapping[str, Any]) -> Run:
@@ -166,18 +170,19 @@ def band_of(
     precision: Precision,
     choice: np.ndarray | None = None,
     truth: Arrays | None = None,
+    runs: int = RUNS,
 ) -> Band:
     """Truth, σ and limits for these inputs. With a decision given, for that decision; without, for the reference's own. A truth that is
     known already is not computed again."""
     given = {op.choice[0]: choice} if op.choice and choice is not None else {}
-    band = Band(truth_of(op, direction, {**inputs, **given}, attrs) if truth is None else dict(truth))
+    band = Band(truth_of(op, direction, {**inputs, **given}, attrs) if truth is None else dict(truth), runs=runs)
     _, outputs = op.signature_of(direction, inputs)
     names = [t.name for t in outputs if t.kind == "real"]
     if not names:
         return band
     if op.choice:
         given = {op.choice[0]: inputs[op.choice[0]] if op.choice[0] in inputs else band.truth[op.choice[0]]}
-    runs = scatter(reference_run(op, direction, attrs), {**inputs, **given}, precision, names)
+    scattered = scatter(reference_run(op, direction, attrs), {**inputs, **given}, precision, names, runs=runs)
     for name in names:
-        band.sigma[name], band.limits[name] = spread_of(band.truth[name], runs[name], precision)
+        band.sigma[name], band.limits[name] = spread_of(band.truth[name], scattered[name], precision)
     return band

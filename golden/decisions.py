@@ -94,7 +94,8 @@ def _band(question: Question, choice: np.ndarray, own: Band) -> Band:
     """The band for this decision, kept beside the one for the reference's own: subjects that decide otherwise often decide alike."""
     key = choice.tobytes()
     if key not in own.decided:
-        own.decided[key] = band_of(question.op, question.direction, question.inputs, question.attrs, question.precision, choice)
+        asked = question.op, question.direction, question.inputs, question.attrs, question.precision
+        own.decided[key] = band_of(*asked, choice, runs=own.runs)
     return own.decided[key]
 
 

@@ -93,11 +93,16 @@ class NoisyArray(np.ndarray):
 
     def __stored__(self, any_unit: bool = False) -> "NoisyArray":
         """With any_unit each row is rounded in a unit between 1 and 2, at random."""
+        return self if self.noise is None else self._rounded(self.noise.precision.io, any_unit)
+
+    def __rescaled__(self) -> "NoisyArray":
+        return self if self.noise is None else self._rounded(self.noise.precision.accumulate, True)
+
+    def _rounded(self, fmt: Format, any_unit: bool) -> "NoisyArray":
         noise, x = self.noise, np.asarray(self)
-        if noise is None:
-            return self
+        assert noise is not None
         unit = np.exp2(noise.rng.random((*x.shape[:-1], 1))) if any_unit else 1.0
-        return _noisy(noise.rounded(x * unit, fmt=noise.precision.io) / unit, noise)
+        return _noisy(noise.rounded(x * unit, fmt=fmt) / unit, noise)
 
     def __wide__(self) -> "NoisyArray":
         return self if self.noise is None else _noisy(self, self.noise.widened())

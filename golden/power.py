@@ -24,7 +24,7 @@ from .bugs import Bug, bugs_of
 from .catalogue import conventions
 from .draw import Source
 from .explain import Cases, Explanation, alternatives, consolidate, explain, hidden
-from .judge import FAIL, Question, as_returned, judge
+from .judge import FAIL, Question, as_returned, judge_closely
 from .montecarlo import Noise, noisy_inputs
 from .power_sample import CORRECT, chosen, drawn, elements, recipes_of
 from .precision import Precision, precision_named
@@ -183,7 +183,7 @@ def _record(bug: Bug, stored: list[Vector], part: Part, rivals: Cases) -> dict[s
             returned, right = as_returned(question, plain), as_returned(question, v.band.truth)
             if any(not np.array_equal(_bits(returned[k].values), _bits(right[k].values)) for k in right):
                 found["differ"].append(v.case.name)
-            if judge(question, returned, v.band).verdict == FAIL:
+            if judge_closely(question, returned, v.band).verdict == FAIL:
                 found["rounded"].append(v.case.name)
             for name in [] if bug.id == CORRECT else fields.rejecting(question, returned, right):
                 found["field"][name].append(v.case.name)
@@ -198,7 +198,7 @@ def _record(bug: Bug, stored: list[Vector], part: Part, rivals: Cases) -> dict[s
                 returned = as_returned(question, noisy)
             for name in fields.rejecting(question, returned, right) if bug.id == CORRECT else []:  # false alarms, as of ours
                 found["field"][name].append(v.case.name)
-            if judge(question, returned, v.band).verdict != FAIL:
+            if judge_closely(question, returned, v.band).verdict != FAIL:
                 passing.append(v.case.name)
                 passed += [(question, returned, v)] * (v.case.name in found["differ"] or bug.id == CORRECT)
                 continue

@@ -12,7 +12,7 @@ from .band import Band, band_of, truth_of
 from .errors import Misbehaved, Refused, UsageError
 from .exec_subject import ExecSubject
 from .explain import Cases, explain, hidden
-from .judge import ERROR, FAIL, PASS, SKIPPED, Judgement, Question, Returned, judge
+from .judge import ERROR, FAIL, PASS, SKIPPED, Judgement, Question, Returned, judge_closely
 from .maps import error_maps
 from .precision import Precision, precision_named
 from .results import CaseResult, Key, Report, VerdictError, labelled
@@ -199,7 +199,7 @@ def _ask(task: Task, question: Question, own: Mapping[str, Any], vector: Vector)
     except (Exception, SystemExit) as error:
         text = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
         return Judgement(ERROR, [f"raised {text}"[:500]]), None
-    return judge(question, returned, vector.band), returned
+    return judge_closely(question, returned, vector.band), returned
 
 
 __all__ = [

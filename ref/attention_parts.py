@@ -6,7 +6,7 @@ from array_api_compat import device
 
 from .attention import attention_bwd, attention_fwd
 from .op import Case, Op, declare, signature
-from .xp import Array, stored, xp_of
+from .xp import Array, rescaled, stored, xp_of
 
 
 @signature("o_parts[p,b,s,h,v] lse_parts[p,b,h,s] -> o[b,s,h,v] lse[b,h,s]")
@@ -21,7 +21,7 @@ def attention_merge_fwd(o_parts: Array, lse_parts: Array) -> tuple[tuple[Array, 
         raise ValueError("attention.merge: o_parts has no parts; expected one at least")
     empty = xp.isinf(lse_parts)  # [p,b,h,s]
     low = xp.full_like(lse_parts, float("-inf"))
-    clean = xp.where(empty, low, lse_parts)
+    clean = xp.where(empty, low, rescaled(lse_parts))
     m = xp.max(clean, axis=0)
     base = xp.where(xp.isinf(m), xp.zeros_like(m), m)
     total = xp.sum(xp.exp(clean - base), axis=0)

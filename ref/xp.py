@@ -101,6 +101,15 @@ def stored(x: Array, any_unit: bool = False) -> Array:
     return x if hook is None else hook(any_unit)
 
 
+def rescaled(x: Array) -> Array:
+    """Marks what implementations hold in a unit or a base of their own, in float32 at least: a log-sum-exp in base 2, or one that runs.
+
+    The identity on plain arrays. On arrays that simulate a precision, one rounding to its accumulation's format, in any unit.
+    """
+    hook = getattr(x, "__rescaled__", None)
+    return x if hook is None else hook()
+
+
 def wide(x: Array) -> Array:
     """x for arithmetic in float32 at least, even where every operation is claimed to round to 16 bits: what rows are normalised by."""
     hook = getattr(x, "__wide__", None)

@@ -115,7 +115,7 @@ def test_correct_implementations_are_told_nothing(variant: Any, precision: str, 
         found.extend(hidden(question, returned, band))
         return judgement
 
-    monkeypatch.setattr(module, "judge", probing)
+    monkeypatch.setattr(module, "judge_closely", probing)
     subject = variant.at(precision)
     report = verify(subject, op=variant.op, precision=precision, direction=variant.direction, seeds=(3,), explained=False)
     assert report.count(PASS)

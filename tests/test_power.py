@@ -139,11 +139,11 @@ def test_a_bug_computed_with_noise_differs_from_it_rounded_once(monkeypatch: pyt
 def test_a_weak_judge_is_told_of_as_surviving(monkeypatch: pytest.MonkeyPatch) -> None:
     """A judge that passes everything leaves every bug a survivor, and one that fails everything has false alarms: the matrix says so."""
     ids = ("rmsnorm-unit-offset", CORRECT)
-    monkeypatch.setattr(power, "judge", lambda *_: Judgement())
+    monkeypatch.setattr(power, "judge_closely", lambda *_: Judgement())
     blind = power_count.count(records("rmsnorm", ids))
     assert [r["id"] for r in blind.survivors] == ["rmsnorm-unit-offset"]
     assert power_table.missed(blind) == ["fp32: 0.0% of the bugs fail; expected 100%"]
-    monkeypatch.setattr(power, "judge", lambda *_: Judgement("FAIL"))
+    monkeypatch.setattr(power, "judge_closely", lambda *_: Judgement("FAIL"))
     harsh = power_count.count(records("rmsnorm", ids))
     assert not harsh.survivors
     cases = len(OPS["rmsnorm"].cases)
@@ -319,7 +319,7 @@ def test_a_file_of_something_else_is_not_taken_up(tmp_path: Path) -> None:
 
 
 def test_a_missed_figure_is_exit_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(power, "judge", lambda *_: Judgement())
+    monkeypatch.setattr(power, "judge_closely", lambda *_: Judgement())
     result = CliRunner().invoke(main, ["power", "--full", "--op", "rmsnorm", "--precision", "fp32", "--unnamed"])
     assert result.exit_code == 1
     assert "MISSED fp32: 0.0% of the bugs fail; expected 100%" in result.output

@@ -28,7 +28,7 @@ import click
 import numpy as np
 from leadline.golden.errors import Misbehaved, Refused
 from leadline.golden.field import METRICS, rejecting
-from leadline.golden.judge import PASS, Question, as_returned, judge
+from leadline.golden.judge import PASS, Question, as_returned, judge_closely
 from leadline.golden.power_sample import elements
 from leadline.golden.precision import PRECISIONS as DECLARED
 from leadline.golden.subject import load
@@ -116,7 +116,7 @@ def _ask(variant: Variant, v: Vector, where: str, record: dict[str, Any], alarms
         return
     record["cases"] += 1
     with np.errstate(all="ignore"):
-        found = judge(question, returned, v.band)
+        found = judge_closely(question, returned, v.band)
         alarms.update(rejecting(question, returned, as_returned(question, v.band.truth)))
     record["ambiguous"] += found.ambiguous
     if found.verdict != PASS:
