@@ -75,11 +75,15 @@ class Noise:
         extra, first = (extra, self.key()) if some else (0.0, 0)
         return kernel().rounded(x, self.key(), fmt.emin, fmt.mantissa_bits, extra, first)  # 0/n, √0 and 0·x are exact everywhere
 
+    def scattered(self, total: np.ndarray, squares: np.ndarray, n: int, half: float) -> np.ndarray:
+        """Sums with their noise, which is a function of the value: equal sums err alike, as in a real kernel."""
+        return kernel().scattered(total, squares, n, half, self.key(), self.key())
+
     def accumulated(self, total: np.ndarray, squares: np.ndarray, n: int) -> np.ndarray:
         """A sum of n terms, added up in unknown order."""
         if n > 1:
             half = self.amplify * 2.0 ** -(self.precision.accumulate.mantissa_bits + 1)
-            total = kernel().scattered(total, squares, n, half, self.key(), self.key())
+            total = self.scattered(total, squares, n, half)
         return self.rounded(total)
 
 

@@ -20,10 +20,12 @@ KEYS = ("attn.c_kv", "attn.k_pe")
 
 
 class Stacked(Noise):
-    """The noise of runs that lie one after the other: no two elements round alike, whatever their values."""
+    """The noise of runs that lie one after the other: no two sums err alike, whatever their values."""
 
-    def uniform(self, x: np.ndarray) -> np.ndarray:
-        return self.rng.random(np.shape(x))
+    def scattered(self, total: np.ndarray, squares: np.ndarray, n: int, half: float) -> np.ndarray:
+        deviation = half * np.sqrt((n + 1) * (squares / 6 + total * total / 3) / 3)
+        radius, turn = np.sqrt(-2 * np.log1p(-self.rng.random(np.shape(total)))), 2 * np.pi * self.rng.random(np.shape(total))
+        return np.where(np.isfinite(total), total + deviation * radius * np.cos(turn), total)
 
 
 @dataclass(frozen=True)

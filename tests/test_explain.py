@@ -307,7 +307,7 @@ def test_a_band_for_another_decision_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     """Two subjects that give the experts in the same other order are held to one band; one that permutes them otherwise, to its own."""
     module, made = importlib.import_module("leadline.golden.decisions"), []
     original = module.band_of
-    monkeypatch.setattr(module, "band_of", lambda *given: made.append(given[-1]) or original(*given))
+    monkeypatch.setattr(module, "band_of", lambda *given, **keywords: made.append(given[-1]) or original(*given, **keywords))
     op = OPS["router.noaux_tc"]
     v = make(op, next(c for c in op.cases if c.name == "v3"), "forward", PRECISIONS["fp32"])
     question = Question(op, "forward", v.inputs, v.case.attrs, v.precision)
