@@ -15,7 +15,7 @@ when its standard input ends, the program ends. Protocol leadline.exec/1:
     {"command": "run", "op": "rmsnorm", "direction": "forward", "precision": "bf16", "attrs": {"eps": 1e-06},
      "inputs": "/tmp/…/inputs.safetensors", "outputs": "/tmp/…/outputs.safetensors"}
         {"ok": true}                                                      the outputs are written, by name, and the reference's named
-                                                                          intermediates if it likes (leadline ops show rmsnorm)
+                                                                          intermediates if it likes (leadline ops show OP)
         {"ok": false, "kind": "refused", "error": "why"}                  it does not do this: SKIPPED. Kind "failed": ERROR
     {"command": "stop"}
         no answer is needed
